@@ -1,0 +1,22 @@
+"""Reading model directories and writing them: headers, weight maps, accounting, shards."""
+
+from .accounting import ModelSizes, active_parameters, count, experts_per_token, macs, original_terms
+from .source import Source, TensorInfo, locate, read_header
+from .weights import WeightMap, empty, fill, map_weights
+
+__all__ = [
+    "ModelSizes",
+    "Source",
+    "TensorInfo",
+    "WeightMap",
+    "active_parameters",
+    "count",
+    "empty",
+    "experts_per_token",
+    "fill",
+    "locate",
+    "macs",
+    "map_weights",
+    "original_terms",
+    "read_header",
+]

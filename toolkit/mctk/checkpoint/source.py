@@ -1,0 +1,230 @@
+"""A model directory as a source of weights: headers first, tensors on demand.
+
+Nothing here keeps a weight file open or mapped: a layer's tensors are opened, read and closed, so
+that the pages of one layer are gone before the next is read. Whatever is wrong with the directory
+is found from config.json, the index and the headers alone, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library itself refuses beyond
+# Bytes per element by safetensors' names; sub-byte types do not occur in model weights as such.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Reads one safetensors header and checks it against the file's size.
+
+    Raises:
+        CheckpointError: The file is no safetensors file, or is shorter or longer than its header
+            says; names the file and the first tensor that is not whole.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
+            if length > min(HEADER_LIMIT, size - 8):
+                raise CheckpointError(f"{path}: not a safetensors file, or cut within its header")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+    tensors: dict[str, TensorInfo] = {}
+    end = 0
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    try:
+        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
+            info = TensorInfo(name, path.name, entry["dtype"], tuple(entry["shape"]))
+            first, last = entry["data_offsets"]
+            if info.dtype not in DTYPE_BYTES:
+                raise CheckpointError(f"{path}: tensor {name} has unknown type {info.dtype}")
+            if first != end or last - first != info.nbytes:
+                raise CheckpointError(f"{path}: tensor {name}: offsets contradict its shape")
+            if 8 + length + last > size:
+                raise CheckpointError(f"{path}: truncated: tensor {name} is not whole")
+            tensors[name] = info
+            end = last
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors header: {error!r}") from error
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path}: {size - 8 - length - end} bytes that no tensor owns")
+    return tensors
+
+
+def _weight_files(path: Path) -> dict[str, str] | None:
+    """The index's map tensor → file, or None for a single file; refuses all else."""
+    if (path / INDEX).exists():
+        try:
+            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+            items = dict(weight_map).items()
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / INDEX}: malformed index: {error!r}") from error
+        for name, file in items:
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError(
+                    f"{path / INDEX}: tensor {name} lies in {file!r}, outside the model directory"
+                )
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(f"{path / INDEX}: {file} is no safetensors file")
+        return dict(items)
+    if (path / SINGLE).exists():
+        return None
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path}: has weights only as pickle ({pickles[0]}), which can run code when read; "
+            "convert them to safetensors first"
+        )
+    raise CheckpointError(f"{path}: holds neither {SINGLE} nor {INDEX}")
+
+
+class Source:
+    """A local model directory: its config.json and the headers of its weight files.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: Anything missing, damaged, truncated or pointing outside the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise CheckpointError(f"{self.path}: no config.json; is it a model directory?")
+        try:
+            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+        if not isinstance(self.config, dict):
+            raise CheckpointError(f"{self.path / 'config.json'}: is no JSON object")
+        weight_map = _weight_files(self.path)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+        headers = {name: read_header(self.path / name) for name in names}
+        if weight_map is None:
+            self.tensors = headers[SINGLE]
+        else:
+            self.tensors = {}
+            for tensor, file in weight_map.items():
+                if tensor not in headers[file]:
+                    raise CheckpointError(
+                        f"{self.path / file}: tensor {tensor} is missing; the index names it"
+                    )
+                self.tensors[tensor] = headers[file][tensor]
+        self.files = names
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @contextlib.contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazily read tensors: `value[...]` reads one; the files close with the context.
+
+        Reads by `pread`, not by a memory map: mapped pages would count as ours until closed, and
+        a layer's would add up to twice its size.
+        """
+        from safetensors import safe_open
+
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        with contextlib.ExitStack() as stack:
+            found: dict[str, Any] = {}
+            for file, members in by_file.items():
+                handle = stack.enter_context(
+                    safe_open(str(self.path / file), framework="pt", backend="pread")
+                )
+                found.update({name: handle.get_slice(name) for name in members})
+            yield found
+
+    def fingerprint(self, cache: Path) -> str:
+        """SHA-256 over config.json and the contents of all weight files.
+
+        Hashing a large model takes a minute or so, once: the result is kept under `cache` by the
+        files' real paths, sizes and modification times.
+        """
+        stamps = []
+        for file in self.files:
+            real = Path(os.path.realpath(self.path / file))
+            stat = real.stat()
+            stamps.append([str(real), stat.st_size, stat.st_mtime_ns])
+        config = (self.path / "config.json").read_bytes()
+        key = hashlib.sha256(json.dumps(stamps).encode() + config).hexdigest()
+        record = cache / "fingerprints" / key
+        if record.exists():
+            return record.read_text()
+        total = hashlib.sha256(config)
+        for file in self.files:
+            with (self.path / file).open("rb") as handle:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+        from ..files import write_text
+
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_text(record, total.hexdigest())
+        return total.hexdigest()
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """Returns the local directory of a model: a path as it is, a hub id by way of the hub's cache.
+
+    Raises:
+        UserError: Neither a directory nor a model that the hub (or its cache) has.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"model: no directory {model}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise UserError(
+            f"model: {model} is no directory here, and the hub gave: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,438 @@
+"""Text to token windows: calibration sequences drawn by hash, evaluation windows in order.
+
+How calibration sequences are drawn, so that they stay when a corpus grows:
+
+1. Every document has a key, a hash of (seed, its text). Documents are taken in the order of their
+   keys, equal ones once, until they hold `POOL` times the tokens asked for. So neither the order of
+   files and lines matters, nor does all of a large corpus have to be tokenised.
+2. In that order they are bundled. Whether a bundle ends after a document depends on this document
+   alone (its key against its length), so that bundles hold `BUNDLE` windows on average and a
+   document of that length or more stands alone. A bundle's documents are joined by the end-of-text
+   token and cut into windows; its tail is dropped.
+3. Every window has a key, a hash of (seed, document it starts in, position there). The windows with
+   the smallest keys are the sequences, in the order of their keys: any prefix is a smaller draw.
+
+What that guarantees: a document that is added, taken away or changed touches one bundle (two where
+it joins or parts them), and pushes out at most as many other sequences as its bundle brings new
+ones; and where the pool was full, the documents at its end. All other windows, their keys and
+their order stay. Long documents (`BUNDLE` windows or more) therefore never disturb each other's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from mctk.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+POOL = 4
+BUNDLE = 4
+_HASH_RANGE = 1 << 64
+_BATCH_CHARACTERS = 1 << 20  # text given to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """A dataset that papers use, with their way of joining its rows."""
+
+    path: str
+    name: str | None
+    column: str
+    joiner: str
+    joined: bool  # rows are pieces of one text, not documents
+    files: dict[str, str] | None = None  # by split; only these are read
+    revision: str | None = None
+    evaluation_split: str = "test"
+    evaluation_rows: int | None = None
+    evaluation_windows: int | None = None
+
+
+_DATASETS = {
+    "wikitext2": _Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", True),
+    # The hub's own loading script is no longer supported; its Parquet conversion is the same text.
+    "ptb": _Dataset(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "sentence",
+        " ",
+        True,
+        revision="refs/convert/parquet",
+    ),
+    "c4": _Dataset(
+        "allenai/c4",
+        None,
+        "text",
+        " ",
+        False,
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        evaluation_split="validation",
+        evaluation_rows=1100,
+        evaluation_windows=256,
+    ),
+}
+
+
+class Source(BaseModel):
+    """Where text comes from: local files, or a named dataset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    text: list[str] | None = Field(
+        None, min_length=1, description=".txt (a document a file) or .jsonl ({text: ...}) globs"
+    )
+    dataset: Literal["wikitext2", "ptb", "c4"] | None = Field(
+        None, description="a named dataset, loaded with the `datasets` library"
+    )
+    split: str | None = Field(
+        None, description="of a dataset; train to calibrate and test to evaluate by default"
+    )
+
+    _root: Path | None = PrivateAttr(None)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Source:
+        ways = [way for way in ("text", "dataset", "mix") if way in type(self).model_fields]
+        if sum(getattr(self, way) is not None for way in ways) != 1:
+            raise ValueError(f"give exactly one of {', '.join(ways)}")
+        if self.split is not None and self.dataset is None:
+            raise ValueError("split has no effect without dataset")
+        return self
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the recipe's directory from the validation context's "root"."""
+        super().model_post_init(context)
+        self._root = (context or {}).get("root")
+
+    @property
+    def label(self) -> str:
+        """A short name: the dataset's, or the files' as written."""
+        return self.dataset or ",".join(Path(pattern).stem for pattern in self.text or ())
+
+    def files(self) -> list[Path]:
+        """Returns the text's files, sorted; a glob is taken beside the recipe if it matches there.
+
+        Raises:
+            UserError: If a glob matches nothing, or something that is neither .txt nor .jsonl.
+        """
+        found: set[Path] = set()
+        for pattern in self.text or ():
+            roots = [Path(), *([self._root] if self._root else [])][::-1]
+            for root in roots:
+                matches = glob(str(root / Path(pattern).expanduser()), recursive=True)
+                matched = {Path(match) for match in matches if Path(match).is_file()}
+                if matched:
+                    break
+            else:
+                what = "no file matches" if has_magic(pattern) else "there is no file"
+                places = " or ".join(str(root.resolve()) for root in roots)
+                raise UserError(f"text: {what} '{pattern}' in {places}")
+            found |= matched
+        for file in sorted(found):
+            if file.suffix not in (".txt", ".jsonl"):
+                raise UserError(f"text: {file} is neither .txt nor .jsonl")
+        return sorted(found)
+
+
+class MixedSource(Source):
+    """One of several sources."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the sequences, against the others'")
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Equally long sequences of tokens.
+
+    Attributes:
+        ids: LongTensor [N, length].
+        digest: SHA-256 of the shape and the ids.
+        sources: The label of the source of each window.
+    """
+
+    ids: torch.Tensor
+    digest: str
+    sources: list[str]
+
+
+def load_documents(source: Source, split: str = "train") -> Iterator[str]:
+    """Yields the documents of a source, blank ones left out, one file or line in memory at a time.
+
+    Args:
+        source: What to read.
+        split: Split of a dataset where the source names none.
+
+    Raises:
+        UserError: For files that are missing or damaged and datasets that cannot be loaded.
+    """
+    if source.dataset is None:
+        for file in source.files():
+            yield from _read(file)
+        return
+    dataset = _DATASETS[source.dataset]
+    rows = (row[dataset.column] for row in _load_dataset(source.dataset, source.split or split))
+    if dataset.joined:
+        yield dataset.joiner.join(rows)
+    else:
+        yield from (row for row in rows if row.strip())
+
+
+def calibration_windows(
+    tokenizer: Any, source: Source | Sequence[MixedSource], sequences: int, length: int, seed: int
+) -> TokenWindows:
+    """Draws sequences as the module's head describes.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        source: One source, or several that share the sequences by their weights.
+        sequences: N, how many to draw.
+        length: Tokens of each.
+        seed: Salts the hashes.
+
+    Returns:
+        N windows of [length], by key; those of several sources are mixed through each other.
+
+    Raises:
+        UserError: If a source holds too little text.
+    """
+    drawn: list[tuple[bytes, str, list[int]]] = []
+    sources = [source] if isinstance(source, Source) else list(source)
+    counts = _shares([getattr(part, "weight", 1.0) for part in sources], sequences)
+    for part, count in zip(sources, counts, strict=True):
+        windows = _draw(tokenizer, part, count, length, seed)
+        if len(windows) < count:
+            raise UserError(
+                f"calibration text '{part.label}' gives {len(windows)} sequences of {length} "
+                f"tokens, and {count} are asked for: add text, or lower calibration.sequences or "
+                "calibration.length"
+            )
+        drawn += [(key, part.label, ids) for key, ids in windows[:count]]
+    drawn.sort(key=lambda window: window[0])
+    return _windows([ids for _, _, ids in drawn], [label for _, label, _ in drawn], length)
+
+
+def evaluation_windows(
+    tokenizer: Any, source: Source, length: int, limit: int | None = None
+) -> TokenWindows:
+    """Cuts a whole text into windows that do not overlap, as papers do for perplexity.
+
+    Documents are joined as papers join them (wikitext2 and local text by an empty line, ptb and c4
+    by a space; of c4 the first 1100 validation documents and at most 256 windows), tokenised once
+    with the tokenizer's own special tokens, and cut; the tail is dropped.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        source: What to read; its split is `test` by default, for c4 `validation`.
+        length: Tokens of a window.
+        limit: Take at most so many windows.
+
+    Raises:
+        UserError: If there is not one window.
+    """
+    joiner, rows = "\n\n", None
+    split = "test"
+    if source.dataset is not None:
+        dataset = _DATASETS[source.dataset]
+        joiner, rows, split = dataset.joiner, dataset.evaluation_rows, dataset.evaluation_split
+        limit = min(filter(None, (limit, dataset.evaluation_windows)), default=None)
+    text = joiner.join(islice(load_documents(source, split), rows))
+    ids = tokenizer([text], verbose=False)["input_ids"][0]
+    count = len(ids) // length
+    if count == 0:
+        raise UserError(
+            f"evaluation text '{source.label}' has {len(ids)} tokens, less than one window of "
+            f"{length}: add text or lower its length"
+        )
+    count = min(count, limit or count)
+    cut = [ids[start : start + length] for start in range(0, count * length, length)]
+    return _windows(cut, [source.label] * count, length)
+
+
+def _draw(
+    tokenizer: Any, source: Source, count: int, length: int, seed: int
+) -> list[tuple[bytes, list[int]]]:
+    """Returns the `count` windows with the smallest keys, or all where there are fewer."""
+    pool: list[tuple[bytes, list[int]]] = []
+    wanted = POOL * count * length
+    # A token is about four characters; where it is more, look further.
+    kept = 8 * wanted
+    while True:
+        texts, complete = _smallest(load_documents(source), kept, seed)
+        pool = _tokenise(tokenizer, texts, wanted)
+        if complete or sum(len(ids) for _, ids in pool) >= wanted:
+            break
+        kept *= 4
+    windows = sorted(_cut(pool, length, getattr(tokenizer, "eos_token_id", None), seed))
+    return windows[:count]
+
+
+def _smallest(
+    documents: Iterable[str], kept: int, seed: int
+) -> tuple[list[tuple[bytes, str]], bool]:
+    """Returns the documents with the smallest keys that hold `kept` characters, by key.
+
+    The second value says whether they are all there is. Holds no other text in memory.
+    """
+    heap: list[tuple[int, bytes, str]] = []  # largest key first
+    present: set[bytes] = set()
+    size, complete = 0, True
+    for text in documents:
+        key = _key(seed, "document", text.encode())
+        if key in present:
+            continue
+        present.add(key)
+        heapq.heappush(heap, (-int.from_bytes(key, "big"), key, text))
+        size += len(text)
+        while size - len(heap[0][2]) >= kept:
+            _, dropped, text = heapq.heappop(heap)
+            present.discard(dropped)
+            size -= len(text)
+            complete = False
+    return sorted((key, text) for _, key, text in heap), complete
+
+
+def _tokenise(
+    tokenizer: Any, texts: list[tuple[bytes, str]], wanted: int
+) -> list[tuple[bytes, list[int]]]:
+    """Tokenises documents in order, without special tokens, until they hold `wanted` tokens."""
+    pool: list[tuple[bytes, list[int]]] = []
+    total = start = 0
+    while start < len(texts) and total < wanted:
+        end, size = start, 0
+        while end < len(texts) and (end == start or size < _BATCH_CHARACTERS):
+            size += len(texts[end][1])
+            end += 1
+        batch = [text for _, text in texts[start:end]]
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for (key, _), ids in zip(texts[start:end], encoded, strict=True):
+            if total < wanted:
+                pool.append((key, ids))
+                total += len(ids)
+        start = end
+    return pool
+
+
+def _cut(
+    pool: list[tuple[bytes, list[int]]], length: int, eos: int | None, seed: int
+) -> Iterator[tuple[bytes, list[int]]]:
+    """Yields the windows of all bundles with their keys, the module's head says how."""
+    separator = [] if eos is None else [eos]
+    target = BUNDLE * length
+    bundle: list[tuple[bytes, list[int]]] = []
+
+    def windows() -> Iterator[tuple[bytes, list[int]]]:
+        ids: list[int] = []
+        starts: list[tuple[int, bytes]] = []  # where in ids each document begins
+        for key, document in bundle:
+            starts.append((len(ids), key))
+            ids += document + separator
+        at = 0
+        for start in range(0, len(ids) - length + 1, length):
+            while at + 1 < len(starts) and starts[at + 1][0] <= start:
+                at += 1
+            offset, key = starts[at]
+            yield _key(seed, f"window {start - offset}", key), ids[start : start + length]
+
+    for key, ids in pool:
+        alone = len(ids) >= target
+        if alone:
+            yield from windows()
+            bundle = []
+        bundle.append((key, ids))
+        chance = int.from_bytes(_key(seed, "end", key)[:8], "big") / _HASH_RANGE
+        if alone or chance < len(ids) / target:
+            yield from windows()
+            bundle = []
+    yield from windows()
+
+
+def _key(seed: int, purpose: str, content: bytes) -> bytes:
+    return hashlib.blake2b(f"{seed} {purpose}\0".encode() + content, digest_size=16).digest()
+
+
+def _shares(weights: list[float], total: int) -> list[int]:
+    """Splits `total` by weights; what rounding leaves goes to the largest remainders."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def _windows(windows: list[list[int]], sources: list[str], length: int) -> TokenWindows:
+    import torch
+
+    ids = torch.tensor(windows, dtype=torch.long).reshape(-1, length)
+    digest = hashlib.sha256(f"{tuple(ids.shape)}\0".encode())
+    digest.update(ids.numpy().astype("<i8").tobytes())
+    return TokenWindows(ids, digest.hexdigest(), sources)
+
+
+def _read(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            if file.suffix == ".txt":
+                documents: Iterable[str] = [stream.read()]
+            else:
+                documents = _lines(file, stream)
+            yield from (text for text in documents if text.strip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"text: {file} is not UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise UserError(f"text: {file} cannot be read: {error.strerror}") from error
+
+
+def _lines(file: Path, stream: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"text: {file}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UserError(f'text: {file}:{number}: not an object with a string "text"')
+        yield row["text"]
+
+
+def _load_dataset(name: str, split: str) -> Iterable[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"dataset {name} needs the datasets library: pip install 'mctk[eval]'; or give text"
+        ) from error
+    dataset = _DATASETS[name]
+    if dataset.files is not None and split not in dataset.files:
+        raise UserError(f"dataset {name} has no split '{split}'{nearest(split, dataset.files)}")
+    files = None if dataset.files is None else {split: dataset.files[split]}
+    try:
+        return datasets.load_dataset(
+            dataset.path, dataset.name, data_files=files, split=split, revision=dataset.revision
+        )
+    except Exception as error:  # the library raises many kinds: offline, no split, a full disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"dataset {name} (split {split}) cannot be loaded: {reason}; it needs the network once "
+            "(HF_HUB_OFFLINE forbids it), or give local text"
+        ) from error

@@ -1,0 +1,100 @@
+"""What a long run says while it works: a bar on a terminal, plain lines elsewhere, always a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Reporter:
+    """Progress and log of one command.
+
+    Args:
+        quiet: Say nothing on the terminal but errors.
+        stream: Where to speak; standard error by default, so that tables can be piped.
+    """
+
+    def __init__(self, quiet: bool = False, stream: IO[str] | None = None) -> None:
+        self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
+        self._logs: list[IO[str]] = []
+        self._phase = ""
+        self._total = 0
+        self._done = 0
+        self._started = 0.0
+        self._bar: Progress | None = None
+        self.seconds: dict[str, float] = {}
+
+    def add_log(self, path: Path) -> None:
+        """Appends everything said from now on to a file as well."""
+        self._logs.append(path.open("a", encoding="utf-8"))
+
+    def close(self) -> None:
+        """Closes the log files."""
+        for log in self._logs:
+            log.close()
+        self._logs.clear()
+
+    def say(self, text: str) -> None:
+        """One line, on the terminal and in the log."""
+        self.console.print(text, markup=False, soft_wrap=True)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        for log in self._logs:
+            log.write(f"{stamp} {text}\n")
+            log.flush()
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """A stretch of work of `total` steps (layers, mostly); its seconds are kept by name."""
+        self._phase, self._total, self._done = name, total, 0
+        self._started = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            if self.console.is_terminal and not self.console.quiet:
+                self._bar = stack.enter_context(
+                    Progress(
+                        TextColumn("{task.description}"),
+                        BarColumn(),
+                        MofNCompleteColumn(),
+                        TimeElapsedColumn(),
+                        TextColumn("left"),
+                        TimeRemainingColumn(),
+                        console=self.console,
+                        transient=True,
+                    )
+                )
+                self._bar.add_task(name, total=total)
+            try:
+                yield
+            finally:
+                self._bar = None
+                elapsed = time.perf_counter() - self._started
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def step(self, text: str) -> None:
+        """One step of the phase is done; `text` says which and how it went."""
+        self._done += 1
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / self._done * (self._total - self._done)
+        line = f"{self._phase} {self._done}/{self._total} {text}"
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, advance=1, description=f"{self._phase} · {text}")
+        else:
+            self.console.print(f"{line} ({left:.0f} s left)", markup=False, soft_wrap=True)
+        self._log(line)

@@ -1,0 +1,148 @@
+"""The error trace: what each pass does to the outputs, measured alike for every method.
+
+Measured on a kept sample of the layer's own calibration inputs, with the original's layers before
+it: the relative squared error of the layer's output (over the energy of what the layer adds to the
+residual stream), and of each bank's output on the inputs that it gets in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import BankSite, installed
+from ..runtime import observe
+from ..sweep import LayerCall, StreamedModel
+from ..terms import Bank
+
+
+class LayerTrace:
+    """Measures one layer's passes on a sample.
+
+    Args:
+        model: The streamed model; the layer is filled.
+        index: The layer's number.
+        module: The layer.
+        sites: Its bank sites.
+        banks: Its original banks.
+        samples: Hidden states [n, T, H] that enter it.
+        call: What else the layer was passed for sequences of this shape.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        module: nn.Module,
+        sites: dict[str, BankSite],
+        banks: dict[str, Bank],
+        samples: torch.Tensor,
+        calls: list[LayerCall],
+    ) -> None:
+        self.model, self.index, self.module = model, index, module
+        self.sites, self.banks = sites, banks
+        self.samples, self.calls = samples, calls
+        self.rows: list[dict[str, Any]] = []
+        self.inputs: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.outputs = self._run(listen=True)
+        self.energy = sum(
+            float((y.double() - x.double().to(y.device)).square().sum())
+            for x, y in zip(self.samples.split(1), self.outputs, strict=True)
+        )
+
+    def _run(self, listen: bool = False) -> list[torch.Tensor]:
+        handles = self._listen() if listen else []
+        try:
+            with torch.no_grad():
+                return [
+                    self.model.run_layer(self.index, x.to(self.model.device), call)
+                    for x, call in zip(self.samples.split(1), self.calls, strict=True)
+                ]
+        finally:
+            for remove in handles:
+                remove()
+
+    def _listen(self) -> list[Callable[[], None]]:
+        """Records what enters every bank of the original layer."""
+        modules = dict(self.module.named_modules())
+        removers: list[Callable[[], None]] = []
+        experts: set[str] = set()
+        for name, site in self.sites.items():
+            if site.part == "linear":
+                handle = modules[site.module].register_forward_pre_hook(self._linear_tap(name))
+                removers.append(handle.remove)
+            elif site.module not in experts:
+                experts.add(site.module)
+                context = observe(modules[site.module], self._expert_tap())
+                context.__enter__()
+                removers.append(lambda context=context: context.__exit__(None, None, None))
+        return removers
+
+    def _linear_tap(self, name: str) -> Callable[..., None]:
+        def tap(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            self.inputs.setdefault(name, {}).setdefault(0, []).append(rows)
+
+        return tap
+
+    def _expert_tap(self) -> Callable[..., None]:
+        def tap(expert: int, token: Any, slot: Any, x: Any, h: Any, y: Any, weights: Any) -> None:
+            for name, site in self.sites.items():
+                if site.part in ("gate", "up", "down"):
+                    rows = h if site.part == "down" else x
+                    self.inputs.setdefault(name, {}).setdefault(expert, []).append(rows)
+
+        return tap
+
+    def layer_error(self, banks: dict[str, Bank]) -> float:
+        """Relative squared error of the layer's output with these banks in place.
+
+        Args:
+            banks: All banks of each module that is to be replaced.
+        """
+        with installed(self.module, banks, self.model.dtype):
+            outputs = self._run()
+        error = sum(
+            float((a.double() - b.double()).square().sum())
+            for a, b in zip(outputs, self.outputs, strict=True)
+        )
+        return error / self.energy if self.energy else 0.0
+
+    def bank_error(self, bank: Bank) -> float | None:
+        """Relative squared error of a bank's output; None if no token reached it."""
+        original = self.banks[bank.name]
+        error = energy = 0.0
+        for member, pieces in self.inputs.get(bank.name, {}).items():
+            x = torch.cat(pieces).float()
+            exact = _apply(original, x, member)
+            error += float((_apply(bank, x, member) - exact).double().square().sum())
+            energy += float(exact.double().square().sum())
+        return error / energy if energy else None
+
+    def after(self, step: str, names: list[str], banks: dict[str, Bank]) -> None:
+        """Adds the rows of one pass; `banks` are all of the layer's as they are now."""
+        whole = self.whole_modules(banks, {n for n in banks if banks[n] is not self.banks[n]})
+        error = self.layer_error(whole)
+        for name in names:
+            self.rows.append(
+                {
+                    "step": step,
+                    "bank": name,
+                    "bank_error": self.bank_error(banks[name]),
+                    "layer_error": error,
+                }
+            )
+
+    def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:
+        """All banks of every module that holds one of the named."""
+        modules = {self.sites[name].module for name in names}
+        return {n: banks[n] for n, site in self.sites.items() if site.module in modules}
+
+
+def _apply(bank: Bank, x: torch.Tensor, member: int) -> torch.Tensor:
+    """A bank's output [T, out] in float32."""
+    terms = [term.to(dtype=torch.float32) for term in bank.terms]
+    return Bank(bank.name, bank.layer, bank.shape, terms).apply(x, member)

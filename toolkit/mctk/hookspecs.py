@@ -1,0 +1,125 @@
+"""What a plugin implements: `Method` (one class a method) and the hooks of a plugin itself.
+
+A plugin is a module or object named by an entry point of group ``mctk``. Its hooks (`Plugin`) carry
+`@hookimpl`; a `Method` overrides what its stage asks for, with exactly the arguments given here.
+Import tensor libraries inside the hooks: listing plugins and reading a recipe must not load torch.
+`statistics`: one layer's `mctk.statistics.LayerStatistics`, a mapping from each need to its value.
+Letters: T tokens, E experts, k experts per token, H hidden, I intermediate, r rank, L layers.
+"""
+
+# mypy: disable-error-code="empty-body"
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pluggy
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from mctk.statistics import Need
+    from mctk.terms import Bank, BankShape, SizeCurve, Term
+
+    Item = tuple[int, str]  # layer and bank name
+    Layer = Mapping[str, Bank]  # the targeted banks of one layer by name; one bank if scope says so
+    Terms = Mapping[str, list[Term]]  # by bank name; a bank left out stays as it is
+
+hookspec, hookimpl = pluggy.HookspecMarker("mctk"), pluggy.HookimplMarker("mctk")
+STAGES = ("allocate", "merge", "decompose", "prune", "compensate", "quantize", "distill")
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options; a field's description is its help, its docs and its error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method:
+    """One implementation of one stage; hooks return new terms and never change their arguments."""
+
+    stage: ClassVar[str]  # one of STAGES; also the name of the hook that does the work
+    name: ClassVar[str]  # as recipes write it
+    version: ClassVar[int] = 1  # raised whenever the method's numbers change; shown in tables
+    summary: ClassVar[str]  # one line
+    reference: ClassVar[str] = ""  # paper or URL
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    scope: ClassVar[Literal["bank", "layer"]] = "bank"  # one call a bank, or a layer with all banks
+    takes_size: ClassVar[bool] = False  # then `sizes` is needed, and `curve` if in squared errors
+    units: ClassVar[Literal["squared_error", "score"]] = "squared_error"  # of `curve`
+    propagate: ClassVar[Literal["original", "compressed"]] = "original"  # the paper's calibration
+    needs_curves: ClassVar[bool] = False  # an allocator that reads the curves' errors
+
+    @hookspec
+    def needs(self, shape: BankShape, bank: str, options: Any) -> list[Need]:
+        """Returns the statistics to collect for a targeted bank, e.g. "experts.down"; none here."""
+        return []
+
+    @hookspec
+    def sizes(self, shape: BankShape, options: Any) -> tuple[list[int], list[int]]:
+        """Returns settings (a `size`: low rank's r; DENSE last) and the parameters each stores."""
+
+    @hookspec
+    def layout(self, shape: BankShape, size: int | None, options: Any) -> list[Term] | None:
+        """Returns meta-device terms of a member's future storage: what plans count, without data.
+
+        None, as here, if that depends on data; the plan then gives a bound and says so.
+        """
+        return None
+
+    @hookspec
+    def curve(self, bank: Bank, statistics: Any, options: Any) -> list[float]:
+        """Returns the bank output's squared error (or a score) per size, over tokens, falling."""
+
+    @hookspec
+    def decompose(self, bank: Bank, statistics: Any, size: int | None, options: Any) -> list[Term]:
+        """Returns terms that replace the bank's (members x [out, in]), low rank of setting size."""
+
+    @hookspec
+    def allocate(self, curves: list[SizeCurve], budget: int, options: Any) -> dict[Item, int]:
+        """Returns for each curve's item an index into its settings; the costs' sum <= budget."""
+
+    @hookspec
+    def merge(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:
+        """Returns shared and residual terms, or groups of experts."""
+
+    @hookspec
+    def prune(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:
+        """Returns terms with fewer members (slot None), channels or entries."""
+
+    @hookspec
+    def compensate(
+        self, layer: Layer, original: Layer, statistics: Any, size: int | None, options: Any
+    ) -> Terms:
+        """Returns terms to *add*, fitted to what `layer` has lost against `original`."""
+
+    @hookspec
+    def quantize(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:
+        """Returns the same terms stored in fewer bits."""
+
+    @hookspec
+    def distill(self, layer: Layer, original: Layer, statistics: Any, options: Any) -> Terms:
+        """Returns the same terms with trained values."""
+
+
+class Plugin:
+    """Hooks of the plugin itself; all optional, and all called on every plugin."""
+
+    @hookspec
+    def methods(self) -> list[Method]:
+        """Returns one instance of every method that the plugin brings."""
+
+    @hookspec
+    def kinds(self) -> list[type[Term]]:
+        """Returns new kinds of term; a checkpoint that holds one names the plugin and needs it."""
+
+    @hookspec
+    def run_started(self, run: Any) -> None:
+        """Called once when a run starts."""
+
+    @hookspec
+    def layer_done(self, run: Any, layer: int) -> None:
+        """Called when a layer's compressed shard is written and recorded."""
+
+    @hookspec
+    def table_columns(self, run: Any) -> Mapping[str, str]:
+        """Returns columns to add to the run's row in tables: heading to text."""

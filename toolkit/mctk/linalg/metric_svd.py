@@ -1,0 +1,213 @@
+"""Truncated SVD of a weight in the metric of a second moment.
+
+The best approximation of rank r to a layer's *output* minimises ``tr (W - W_r) C (W - W_r)ᵀ``
+with ``C = Σ x xᵀ`` the second moment of its inputs (SVD-LLM calls it whitening). With
+``C = S Sᵀ`` it has two equal forms:
+
+- input side: V = top eigenvectors of ``Sᵀ Wᵀ W S``, ``W_r = (W S V) (Vᵀ S⁻¹)``;
+- output side: U = top eigenvectors of ``A = W C Wᵀ``, the second moment of the outputs,
+  ``W_r = U (Uᵀ W)``. No root, no inverse, no damping, and C may be singular.
+
+The smaller side is taken, so that one symmetric eigenproblem of size ``min(m, n)`` gives the
+whole spectrum and the factors of every rank. All of it runs in float64: in float32 the squares
+lose the small singular values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mctk.linalg.root import Root, square_root
+
+# Eigenvalues of V C Vᵀ, scaled to a unit diagonal, below which a direction carries nothing.
+_REFIT_CUT = 1e-12
+
+
+class MetricSVD:
+    """The SVD of a weight in a metric; made by `metric_svd`.
+
+    Attributes:
+        spectrum: Squared singular values ``[min(m, n)]``, float64, descending: what keeping each
+            direction adds, so dropping all from r on costs ``spectrum[r:].sum()``.
+        damping: What was added to the diagonal of the input moment, relative to its mean; 0.0
+            where no factor of it was needed.
+        metric: ``"input"``, ``"output"`` or ``"plain"``, by the moment that was used.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        matrix: Tensor,
+        vectors: Tensor,
+        spectrum: Tensor,
+        metric: str,
+        *,
+        output_side: bool,
+        root: Root | None = None,
+        moment: Tensor | None = None,
+    ) -> None:
+        self._weight = weight
+        self._matrix = matrix
+        self._vectors = vectors
+        self._output_side = output_side
+        self._root = root
+        self._moment = moment
+        self.spectrum = spectrum
+        self.metric = metric
+        self.damping = 0.0 if root is None else root.damping
+
+    @torch.no_grad()
+    def factors(
+        self, rank: int, balance: bool = False, refit: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the optimal factors of a rank.
+
+        Args:
+            rank: From 0 (empty factors) to ``min(m, n)`` (the weight itself).
+            balance: Share the singular values evenly: both factors are scaled by their square
+                roots. The product is the same.
+            refit: A storage dtype: V is rounded to it and U fitted anew to the rounded V,
+                ``U = W C Vᵀ (V C Vᵀ)⁺``. V's rounding errors are the ones that large inputs
+                magnify. The results still have the dtype below.
+
+        Returns:
+            ``U [m, r]`` and ``V [r, n]``, float64 if the weight is, float32 otherwise.
+
+        Raises:
+            ValueError: The rank is out of range, or a refit is asked for where only the output
+                moment is known.
+        """
+        limit = min(self._weight.shape)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
+            raise ValueError(f"rank must be an integer from 0 to {limit}, not {rank!r}")
+        vectors = self._vectors[:, :rank]
+        if self._output_side:
+            left, right = vectors, vectors.t() @ self._matrix
+        else:
+            left, right = self._matrix @ vectors, vectors.t()
+            if self._root is not None:
+                right = self._root.divide(right)
+        if balance:
+            sigma = self.spectrum[:rank].sqrt().sqrt()
+            scale = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+            # All of sigma is in V on the output side, in U on the input side.
+            scale = scale if self._output_side else 1 / scale
+            left, right = left * scale, right / scale[:, None]
+        if refit is not None:
+            right = right.to(refit).double()
+            left = self._fit_left(right)
+        dtype = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
+        return left.to(dtype).contiguous(), right.to(dtype).contiguous()
+
+    def _fit_left(self, right: Tensor) -> Tensor:
+        """Returns the U ``[m, r]`` that is optimal for a given ``V [r, n]``."""
+        if self.metric == "output":
+            raise ValueError("refit needs the input moment; only the output moment was given")
+        weighted = right if self._moment is None else right @ self._moment
+        gram = weighted @ right.t()
+        size = gram.diagonal().clamp(min=0).sqrt()
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        inverse = torch.linalg.pinv(gram / size / size[:, None], rtol=_REFIT_CUT, hermitian=True)
+        return (self._weight.double() @ (weighted / size[:, None]).t()) @ inverse / size
+
+
+@torch.no_grad()
+def metric_svd(
+    weight: Tensor, *, input_moment: Tensor | None = None, output_moment: Tensor | None = None
+) -> MetricSVD:
+    """Decomposes a weight in the metric of at most one second moment.
+
+    Moments are un-normalised sums in any floating dtype; their scale scales the spectrum and
+    changes no product ``U V``. A moment of zeros (nothing was seen) gives the plain SVD. Where
+    the input moment is singular the product is one of several optima: compare outputs, not
+    entries.
+
+    Args:
+        weight: ``W [m, n]``.
+        input_moment: ``Σ x xᵀ [n, n]``.
+        output_moment: ``Σ (W x)(W x)ᵀ [m, m]``, of the outputs of this very weight.
+
+    Returns:
+        The decomposition; ``factors(rank)`` gives any rank of it.
+
+    Raises:
+        ValueError: A shape is wrong, both moments are given, or a tensor holds NaN or infinity.
+    """
+    if input_moment is not None and output_moment is not None:
+        raise ValueError("give the input moment or the output moment, not both")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [m, n]")
+    m, n = weight.shape
+    weight = weight.detach()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight contains NaN or infinity")
+    matrix = weight.double()
+    if output_moment is not None:
+        moment = _checked(output_moment, m, "output moment", weight.device)
+        if moment is not None:
+            return _output_side(weight, matrix, moment, "output")
+    elif input_moment is not None:
+        moment = _checked(input_moment, n, "input moment", weight.device)
+        if moment is not None:
+            if m <= n:
+                return _output_side(weight, matrix, matrix @ moment @ matrix.t(), "input", moment)
+            root = square_root(moment)
+            return _input_side(weight, matrix @ root.factor, "input", root, moment)
+    if m <= n:
+        return _output_side(weight, matrix, matrix @ matrix.t(), "plain")
+    return _input_side(weight, matrix, "plain")
+
+
+def _output_side(
+    weight: Tensor, matrix: Tensor, gram: Tensor, metric: str, moment: Tensor | None = None
+) -> MetricSVD:
+    spectrum, vectors = _eigh_descending(gram, min(weight.shape))
+    return MetricSVD(weight, matrix, vectors, spectrum, metric, output_side=True, moment=moment)
+
+
+def _input_side(
+    weight: Tensor,
+    matrix: Tensor,
+    metric: str,
+    root: Root | None = None,
+    moment: Tensor | None = None,
+) -> MetricSVD:
+    spectrum, vectors = _eigh_descending(matrix.t() @ matrix, min(weight.shape))
+    return MetricSVD(
+        weight, matrix, vectors, spectrum, metric, output_side=False, root=root, moment=moment
+    )
+
+
+def _eigh_descending(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the ``count`` largest eigenvalues (none negative) and their eigenvectors."""
+    eigenvalues, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
+    return eigenvalues.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
+
+
+def _checked(moment: Tensor, size: int, name: str, device: torch.device) -> Tensor | None:
+    """Returns the moment in float64 and exactly symmetric, or None if it is all zeros."""
+    if tuple(moment.shape) != (size, size):
+        raise ValueError(f"{name} has shape {list(moment.shape)}, expected {[size, size]}")
+    if not bool(moment.isfinite().all()):
+        raise ValueError(f"{name} contains NaN or infinity")
+    if bool((moment.diagonal() < 0).any()):
+        raise ValueError(f"{name} has a negative diagonal: it is no sum of squares")
+    if not bool(moment.any()):
+        return None
+    moment = moment.detach().to(device).double()
+    return (moment + moment.t()) / 2
+
+
+@torch.no_grad()
+def loss(weight: Tensor, approx: Tensor, moment: Tensor | None = None) -> float:
+    """Returns ``tr (W - W') C (W - W')ᵀ``, the squared error of the outputs, in float64.
+
+    Args:
+        weight: ``W [m, n]``.
+        approx: ``W' [m, n]``.
+        moment: Input moment ``C [n, n]``; None for the squared Frobenius norm.
+    """
+    difference = weight.double() - approx.double()
+    weighted = difference if moment is None else difference @ moment.double()
+    return max(float((weighted * difference).sum()), 0.0)

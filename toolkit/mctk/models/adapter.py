@@ -1,0 +1,309 @@
+"""A decoder layer's weights as banks, and back: one adapter for every family.
+
+Nearly every Mixture-of-Experts family of transformers shares one experts module, whose flags
+(`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`) say how its fused tensors are laid out.
+We trust the flags and refuse what has none; there is no table of class names. Everything else that
+multiplies by a matrix is an `nn.Linear` and a bank of one.
+
+Bank names: `experts.gate|up|down`; for linears the module's path without its MoE block and without
+`_proj`: `attention.q`, `mlp.down`, `shared_expert.gate` ... Routers are never banks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..runtime import TermExperts, TermLinear, TermModule, swap, tensor_name
+from ..terms import Bank, BankShape, Bias, Dense, Term
+
+EXPERT_FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+# The field's word for a part, where modules call it otherwise.
+ALIASES = {"self_attn": "attention", "self_attention": "attention", "shared_experts": "shared_expert"}
+
+
+@dataclass(frozen=True)
+class BankSite:
+    """Where a bank lives in a decoder layer.
+
+    Attributes:
+        name: The bank's name.
+        module: Path of the module that holds it, within the layer.
+        part: "gate", "up" or "down" of an experts module; "linear" of an `nn.Linear`.
+        shape: Members, output and input features.
+        bias: Whether its members have a bias.
+    """
+
+    name: str
+    module: str
+    part: str
+    shape: BankShape
+    bias: bool
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Returns the path and the list of the model's decoder layers.
+
+    Raises:
+        UserError: There is no such list, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and name.rpartition(".")[2] in ("layers", "h", "blocks")
+    ]
+    # A list inside a layer (experts, say) may have the same length by chance: take the outermost.
+    outer = [
+        (name, module)
+        for name, module in found
+        if not any(name.startswith(other + ".") for other, _ in found)
+    ]
+    if len(outer) != 1:
+        raise UserError(
+            f"{type(model).__name__}: cannot tell its decoder layers: {len(outer)} lists of "
+            f"{count} modules"
+        )
+    return outer[0]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is transformers' shared experts module (or its compressed form)."""
+    return isinstance(module, TermExperts) or all(hasattr(module, f) for f in EXPERT_FLAGS)
+
+
+def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
+    """Finds the banks of one decoder layer from its modules' shapes (meta or real).
+
+    Raises:
+        UserError: The layer holds experts in a form that the adapter does not know, or two banks
+            would have one name.
+    """
+    sites: list[BankSite] = []
+    blocks: dict[str, int] = {}  # path of a MoE block → number of its experts
+    for path, module in layer.named_modules():
+        if is_experts(module):
+            sites += _expert_sites(path, module)
+            blocks[path.rpartition(".")[0]] = module.num_experts
+        elif path.rpartition(".")[2] == "experts":
+            raise UserError(
+                f"{type(layer).__name__}.{path}: {type(module).__name__} is not the experts "
+                "module that transformers shares between families; it is not supported yet"
+            )
+    inside = tuple(site.module + "." for site in sites)
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear | TermLinear) or path.startswith(inside):
+            continue
+        block = next((b for b in blocks if path.startswith(b + ".")), None)
+        out = module.out_features
+        if block is not None and out in (1, blocks[block]):
+            continue  # a router, or the gate of a shared expert
+        shape = BankShape(1, out, module.in_features)
+        name = _bank_name(path, block)
+        sites.append(BankSite(name, path, "linear", shape, _has_bias(module)))
+    names = [site.name for site in sites]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{type(layer).__name__}: two banks would be called {name}")
+    return {site.name: site for site in sites}
+
+
+def _has_bias(module: nn.Module) -> bool:
+    if isinstance(module, TermLinear):
+        return any(spec["kind"] == Bias.kind for spec in module.specs["linear"])
+    return module.bias is not None
+
+
+def _bank_name(path: str, block: str | None) -> str:
+    if block:
+        path = path.removeprefix(block + ".")
+    words = [ALIASES.get(word, word) for word in path.split(".")]
+    words[-1] = words[-1].removesuffix("_proj")
+    return ".".join(words)
+
+
+def _expert_sites(path: str, module: nn.Module) -> list[BankSite]:
+    if isinstance(module, TermExperts):
+        return [
+            BankSite(
+                f"experts.{part}",
+                path,
+                part,
+                module.shapes[part],
+                any(spec["kind"] == Bias.kind for spec in specs),
+            )
+            for part, specs in module.specs.items()
+        ]
+    down = module.down_proj
+    experts, first, second = down.shape
+    hidden, intermediate = (second, first) if module.is_transposed else (first, second)
+    up = BankShape(experts, intermediate, hidden)
+    shapes = {"gate": up} if module.has_gate else {}
+    shapes |= {"up": up, "down": BankShape(experts, hidden, intermediate)}
+    wide = module.gate_up_proj if module.has_gate else module.up_proj
+    rows = wide.shape[2 if module.is_transposed else 1]
+    if tuple(wide.shape[:1]) != (experts,) or rows != intermediate * (1 + module.has_gate):
+        raise UserError(
+            f"{path}: {type(module).__name__} holds {tuple(wide.shape)} beside down "
+            f"{tuple(down.shape)}: a layout that its flags do not describe"
+        )
+    return [
+        BankSite(f"experts.{part}", path, part, shape, bool(module.has_bias))
+        for part, shape in shapes.items()
+    ]
+
+
+def read_banks(layer: nn.Module, index: int) -> dict[str, Bank]:
+    """Reads a filled layer's banks as terms; original weights are views, not copies.
+
+    Args:
+        layer: The decoder layer, its weights loaded.
+        index: Its number.
+
+    Returns:
+        Bank name → bank, one `Dense` (and a `Bias`) each, or a compressed module's own terms.
+    """
+    modules = dict(layer.named_modules())
+    banks = {}
+    for name, site in bank_sites(layer).items():
+        module = modules[site.module]
+        if isinstance(module, TermModule):
+            terms = module.terms(site.part)
+        elif site.part == "linear":
+            terms = _linear_terms(module)
+        else:
+            terms = _expert_terms(module, site)
+        banks[name] = Bank(name, index, site.shape, terms)
+    return banks
+
+
+def _linear_terms(module: nn.Linear) -> list[Term]:
+    shape = BankShape(1, module.out_features, module.in_features)
+    terms: list[Term] = [Dense(shape, [0], module.weight.detach()[None])]
+    if module.bias is not None:
+        terms.append(Bias(shape, [0], module.bias.detach()[None]))
+    return terms
+
+
+def _expert_terms(module: nn.Module, site: BankSite) -> list[Term]:
+    weight, bias = _unfuse(module, site.part)
+    slots = range(site.shape.members)
+    terms: list[Term] = [Dense(site.shape, slots, weight)]
+    if bias is not None:
+        terms.append(Bias(site.shape, slots, bias))
+    return terms
+
+
+def _rows(module: nn.Module, part: str, size: int) -> slice:
+    """Which rows of the fused gate-and-up output belong to a part."""
+    if not module.is_concatenated:
+        return slice(0 if part == "gate" else 1, None, 2)
+    half = size // 2
+    return slice(0, half) if part == "gate" else slice(half, None)
+
+
+def _unfuse(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [E, out, in] and bias [E, out] of one part, as views of the fused tensors."""
+    name = "down_proj" if part == "down" else "gate_up_proj" if module.has_gate else "up_proj"
+    weight = getattr(module, name).detach()
+    bias = getattr(module, name + "_bias").detach() if module.has_bias else None
+    if module.is_transposed:
+        weight = weight.transpose(1, 2)
+    if name == "gate_up_proj":
+        rows = _rows(module, part, weight.shape[1])
+        weight = weight[:, rows]
+        bias = bias[:, rows] if bias is not None else None
+    return weight, bias
+
+
+def write_banks(layer: nn.Module, banks: Mapping[str, Bank]) -> None:
+    """Writes banks back into a layer's original modules, terms multiplied out.
+
+    The inverse of `read_banks` for a layer of original modules: shapes are unchanged, so whatever
+    the terms are, the layer stays ordinary.
+    """
+    modules = dict(layer.named_modules())
+    for name, site in bank_sites(layer).items():
+        if name not in banks:
+            continue
+        bank, module = banks[name], modules[site.module]
+        pairs = [bank.materialise(member) for member in range(bank.shape.members)]
+        weight = torch.stack([pair[0] for pair in pairs])
+        if site.part == "linear":
+            module.weight.data.copy_(weight[0])
+            if module.bias is not None:
+                module.bias.data.copy_(pairs[0][1])
+            continue
+        old_weight, old_bias = _unfuse(module, site.part)
+        old_weight.copy_(weight)
+        if old_bias is not None:
+            old_bias.copy_(torch.stack([pair[1] for pair in pairs]))
+
+
+def module_specs(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, dict]:
+    """Describes the modules of a layer that hold changed banks, as `runtime.swap` takes them.
+
+    An experts module is described whole: its untouched banks are stored as the terms they are.
+
+    Args:
+        layer: The decoder layer (original modules).
+        banks: All banks of each module that is to be swapped.
+
+    Returns:
+        Module path within the layer → {"type": "experts"|"linear", "terms": specs}.
+    """
+    described: dict[str, dict] = {}
+    for name, site in bank_sites(layer).items():
+        if name not in banks:
+            continue
+        specs = [term.spec() for term in banks[name].terms]
+        if site.part == "linear":
+            described[site.module] = {"type": "linear", "terms": specs}
+        else:
+            entry = described.setdefault(site.module, {"type": "experts", "terms": {}})
+            entry["terms"][site.part] = specs
+    return described
+
+
+def module_tensors(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, torch.Tensor]:
+    """The tensors of the swapped modules by their names within the layer."""
+    return {
+        f"{site.module}.{tensor_name(site.part, i, key)}": tensor
+        for name, site in bank_sites(layer).items()
+        if name in banks
+        for i, term in enumerate(banks[name].terms)
+        for key, tensor in term.tensors().items()
+    }
+
+
+@contextlib.contextmanager
+def installed(
+    layer: nn.Module, banks: Mapping[str, Bank], dtype: torch.dtype
+) -> Iterator[nn.Module]:
+    """The layer as it will run once these banks are loaded; its own modules come back afterwards.
+
+    Args:
+        layer: A filled layer of original modules.
+        banks: All banks of each module that is to be replaced.
+        dtype: Compute dtype; terms are cast to it.
+    """
+    sites = bank_sites(layer)
+    specs = module_specs(layer, banks)
+    originals = {path: layer.get_submodule(path) for path in specs}
+    device = next(layer.parameters()).device
+    swap(layer, specs)
+    try:
+        for name, bank in banks.items():
+            module = layer.get_submodule(sites[name].module)
+            module.set_terms(sites[name].part, [t.to(dtype, device) for t in bank.terms])
+        yield layer
+    finally:
+        for path, original in originals.items():
+            layer.set_submodule(path, original)

@@ -1,0 +1,109 @@
+"""A model without weights: its modules on the meta device, as transformers would build them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+EXPERTS_IMPLEMENTATION = "mctk"
+
+
+def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+    """Reads config.json as transformers does.
+
+    Args:
+        path: The model directory.
+        raw: Its config.json, already parsed.
+        trust_remote_code: Whether code that the directory carries may run.
+
+    Raises:
+        CheckpointError: Remote code unasked, an unknown model type, another quantised format.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = raw.get("model_type") in CONFIG_MAPPING
+    if "auto_map" in raw and not known and not trust_remote_code:
+        raise CheckpointError(
+            f"{path / 'config.json'}: the model needs code that its directory carries; read that "
+            "code, then pass --trust-remote-code (recipe: trust_remote_code: true)"
+        )
+    if not known and "auto_map" not in raw:
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is unknown to the "
+            "installed transformers"
+        )
+    method = (raw.get("quantization_config") or {}).get("quant_method", "mctk")
+    if method != "mctk":
+        raise CheckpointError(
+            f"{path / 'config.json'}: weights quantised by {method!r} cannot be compressed yet; "
+            "give a bfloat16, float16 or float32 version of the model"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types for a bad config
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path / 'config.json'}: {lines[0]}") from error
+
+
+def resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
+    """Turns a recipe's dtype into torch's; "auto" is the checkpoint's own (float32 if unsaid)."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return dtype or torch.float32
+
+
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Builds the causal language model with every parameter on the meta device.
+
+    Buffers that no checkpoint holds (rotary frequencies) are real. A compressed checkpoint's
+    modules are swapped in as on loading. The experts run by our implementation, so that a streamed
+    forward and a later `from_pretrained` compute the same bits.
+
+    Raises:
+        UserError: transformers cannot build a causal language model of this configuration.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from ..runtime import register, swap_from_config
+
+    register()
+    config = copy.deepcopy(config)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"transformers cannot build a causal language model of type "
+            f"{config.model_type!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if has_experts_interface(model):
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    if quantization is not None:
+        swap_from_config(model, quantization)
+    return model.eval()
+
+
+def has_experts_interface(model: PreTrainedModel) -> bool:
+    """Whether any of the model's modules is run through transformers' experts interface."""
+    return any(hasattr(module, "_apply_gate") for module in model.modules())

@@ -1,0 +1,462 @@
+"""What a run will do and cost, from config.json and headers alone.
+
+The plan finds every mistake that can be found before weights are read, and predicts the result's
+size: exactly where sizes do not depend on data, otherwise as a bound that says so. After
+allocation it is restated with the actual sizes; the files that are written equal that one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import (
+    ModelSizes,
+    Source,
+    count,
+    experts_per_token,
+    locate,
+    original_terms,
+)
+from .checkpoint.weights import TORCH_DTYPES
+from .errors import UserError, nearest
+from .models import BankSite, bank_sites
+from .statistics import LayerSamples, Need, SecondMoment, size_of
+from .sweep import StreamedModel
+from .terms import DENSE, Bias, SizeCurve, Term
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, Step
+    from .registry import Registry
+
+Item = tuple[int, str]  # layer and bank
+Size = dict[tuple[int, int, str], int | None]  # step, layer, bank → the method's setting
+TRACE_TOKENS = 4096  # tokens of the kept sample on which each pass's error is measured
+TOLERANCE = 0.005  # of the original: how far below its budget a run may end
+
+
+@dataclass
+class Plan:
+    """One run, planned.
+
+    Attributes:
+        recipe: What was asked for.
+        model: The skeleton, with its weight map.
+        sites: Per layer, its banks.
+        targets: Per step, layer → names of the banks that it works on.
+        needs: Per layer, the canonical statistics to collect.
+        curves: The size curves of all `auto` banks, without errors.
+        budget: What the auto banks may cost in all, in the budget's unit; None without a budget.
+        allowed: What the budget's scope may cost in all.
+        scope: What it costs in the original.
+        original: Sizes of the original.
+        warnings: What the user should know.
+    """
+
+    recipe: Recipe
+    model: StreamedModel
+    sites: list[dict[str, BankSite]]
+    targets: list[dict[int, list[str]]]
+    needs: dict[int, list[Need]]
+    curves: list[SizeCurve]
+    budget: int | None
+    allowed: int | None
+    scope: int
+    original: ModelSizes
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> Source:
+        """The model's directory."""
+        return self.model.source
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether sizes depend on data: they are decided after the statistics are there."""
+        allocate = self.recipe.allocate
+        return bool(self.curves) and allocate is not None and allocate.method.needs_curves
+
+    def solve(self, curves: list[SizeCurve] | None = None) -> Size:
+        """Decides every step's size on every bank.
+
+        Args:
+            curves: The auto banks' curves with errors; None for an allocator that needs none.
+        """
+        chosen: dict[Item, int] = {}
+        allocate = self.recipe.allocate
+        if self.curves and allocate is not None:
+            known = curves or self.curves
+            picked = allocate.method.allocate(known, self.budget, allocate.options)
+            chosen = {curve.item: curve.settings[picked[curve.item]] for curve in known}
+        sizes: Size = {}
+        for number, step in enumerate(self.recipe.steps):
+            for layer, banks in self.targets[number].items():
+                for bank in banks:
+                    sizes[number, layer, bank] = self._setting(step, layer, bank, chosen)
+        return sizes
+
+    def _setting(
+        self, step: Step, layer: int, bank: str, chosen: Mapping[Item, int]
+    ) -> int | None:
+        if not step.method.takes_size:
+            return None
+        if step.size.auto:
+            return chosen[layer, bank]
+        shape = self.sites[layer][bank].shape
+        if step.size.rank is not None:
+            if step.size.rank > min(shape.out_features, shape.in_features):
+                raise UserError(
+                    f"steps: size: rank {step.size.rank} exceeds {bank} of layer {layer}, a matrix of "
+                    f"{shape.out_features} × {shape.in_features}"
+                )
+            return step.size.rank
+        settings, costs = step.method.sizes(shape, step.options)
+        fitting = [s for s, c in zip(settings, costs, strict=True)
+                   if c <= step.size.keep * shape.parameters]
+        if not fitting:
+            raise UserError(
+                f"steps: keep {step.size.keep} of {bank} in layer {layer} is below its smallest "
+                f"size, {costs[0] / shape.parameters:.3f}"
+            )
+        return fitting[-1]
+
+    def layout(self, sizes: Size) -> dict[int, dict[str, list[Term]]] | None:
+        """The terms of every changed module on the meta device; None if data decide them.
+
+        A module is changed if any of its banks is; its other banks are stored as they were.
+        """
+        changed: dict[int, dict[str, list[Term]]] = {}
+        for number, step in enumerate(self.recipe.steps):
+            for layer, banks in self.targets[number].items():
+                for bank in banks:
+                    size = sizes[number, layer, bank]
+                    if size == DENSE:
+                        continue
+                    site = self.sites[layer][bank]
+                    terms = step.method.layout(site.shape, size, step.options)
+                    if terms is None:
+                        return None
+                    dtype = self.storage_dtype(layer, site)
+                    kept = [t for t in self.original_terms(layer, site) if isinstance(t, Bias)]
+                    changed.setdefault(layer, {})[bank] = [
+                        term.to(dtype=dtype) for term in [*terms, *kept]
+                    ]
+        for layer, banks in changed.items():
+            modules = {self.sites[layer][bank].module for bank in banks}
+            for name, site in self.sites[layer].items():
+                if site.module in modules and name not in banks:
+                    banks[name] = self.original_terms(layer, site)
+        return changed
+
+    def source_dtype(self, layer: int, site: BankSite) -> torch.dtype:
+        """The dtype in which the checkpoint stores a bank's weights."""
+        prefix = f"{self.model.layers_path}.{layer}.{site.module}."
+        for name, targets in self.model.weights.targets.items():
+            if any(target.startswith(prefix) for target in targets):
+                return TORCH_DTYPES[self.source.tensors[name].dtype]
+        raise AssertionError(f"no tensor for {prefix}")
+
+    def storage_dtype(self, layer: int, site: BankSite) -> torch.dtype:
+        """The dtype in which rewritten terms of a bank are stored."""
+        name = self.recipe.storage_dtype
+        return self.source_dtype(layer, site) if name == "auto" else getattr(torch, name)
+
+    def original_terms(self, layer: int, site: BankSite) -> list[Term]:
+        """A bank's terms in the original, on meta, in the checkpoint's dtype."""
+        return original_terms(site, self.source_dtype(layer, site))
+
+    def predict(self, sizes: Size) -> ModelSizes | None:
+        """The result's sizes; None if data decide them."""
+        changed = self.layout(sizes)
+        return None if changed is None else count_model(self.model, changed)
+
+    def attained(self, sizes: ModelSizes) -> int:
+        """What the budget's scope costs in a result, in the budget's unit."""
+        budget = self.recipe.budget
+        assert budget is not None
+        total = self.original.bytes if budget.unit == "bytes" else self.original.parameters
+        result = sizes.bytes if budget.unit == "bytes" else sizes.parameters
+        return self.scope - (total - result)
+
+
+def count_model(model: StreamedModel, changed: Mapping[int, Mapping[str, list[Term]]]) -> ModelSizes:
+    """Counts a streamed model whose changed modules hold these terms."""
+    head = model.model.get_output_embeddings()
+    head_macs = math.prod(head.weight.shape) if head is not None else 0
+    return count(
+        model.source,
+        model.weights,
+        model.layers,
+        model.layers_path,
+        experts_per_token(model.config),
+        head_macs,
+        changed,
+    )
+
+
+def make_plan(recipe: Recipe, registry: Registry, device: str = "cpu") -> Plan:
+    """Plans a run: reads config.json and headers, never weights.
+
+    Raises:
+        UserError: Whatever is wrong with the model, the targets, the sizes or the budget.
+    """
+    registry.register_kinds()
+    source = Source(locate(recipe.model, recipe.revision))
+    model = StreamedModel(source, device, recipe.dtype, recipe.trust_remote_code)
+    if "quantization_config" in source.config:
+        raise UserError(
+            f"{source.path}: is compressed already; compress the original, or export it first"
+        )
+    sites = [bank_sites(layer) for layer in model.layers]
+    recipe.check_layers(len(sites))
+    targets = [_targets(recipe, number, sites) for number in range(len(recipe.steps))]
+    original = count_model(model, {})
+    plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original)
+    plan.needs = _needs(plan)
+    _check_fused(plan)
+    _set_budget(plan)
+    _warn(plan)
+    return plan
+
+
+def _targets(
+    recipe: Recipe, number: int, sites: list[dict[str, BankSite]]
+) -> dict[int, list[str]]:
+    """The banks that a step works on, by layer."""
+    step = recipe.steps[number]
+    found: dict[int, list[str]] = {}
+    for layer, banks in enumerate(sites):
+        names = [name for name in banks if step.selects(layer, name)]
+        if names:
+            found[layer] = names
+    if not found:
+        known = {name for layer in sites for name in layer}
+        wanted = ", ".join(step.targets)
+        raise recipe.error(
+            ("steps", number, "targets"),
+            f"no bank of the chosen layers matches {wanted}{nearest(wanted, known)}",
+        )
+    return found
+
+
+def _needs(plan: Plan) -> dict[int, list[Need]]:
+    """The union of what the steps need, by layer, in canonical form and stable order."""
+    needs: dict[int, list[Need]] = {}
+    for number, step in enumerate(plan.recipe.steps):
+        for layer, banks in plan.targets[number].items():
+            sites = plan.sites[layer]
+            for bank in banks:
+                for need in step.method.needs(sites[bank].shape, bank, step.options):
+                    if isinstance(need, SecondMoment):
+                        need = need.canonical(sites)
+                    if need not in needs.setdefault(layer, []):
+                        needs[layer].append(need)
+    asked = sorted({type(n).__name__ for layer in needs.values() for n in layer})
+    if asked and plan.recipe.calibration is None:
+        raise plan.recipe.error((), f"calibration is missing; the steps need {', '.join(asked)}")
+    if plan.recipe.calibration is not None:
+        touched = {layer for step in plan.targets for layer in step}
+        for layer in sorted(touched):
+            needs.setdefault(layer, []).append(LayerSamples(TRACE_TOKENS))
+    return needs
+
+
+def _check_fused(plan: Plan) -> None:
+    """A source tensor may not feed a changed module and an unchanged one at once."""
+    changed = {
+        f"{plan.model.layers_path}.{layer}.{plan.sites[layer][bank].module}."
+        for step in plan.targets
+        for layer, banks in step.items()
+        for bank in banks
+    }
+    prefixes = tuple(changed)
+    for name, names in plan.model.weights.targets.items():
+        inside = [target for target in names if target.startswith(prefixes)]
+        if inside and len(inside) < len(names):
+            other = next(t for t in names if not t.startswith(prefixes))
+            raise UserError(
+                f"steps: {inside[0]} and {other} are one tensor in the checkpoint ({name}); "
+                "target both or neither"
+            )
+
+
+def _set_budget(plan: Plan) -> None:
+    """Works out what the auto banks may cost, and their curves."""
+    recipe = plan.recipe
+    auto = [
+        (number, layer, bank)
+        for number, step in enumerate(recipe.steps)
+        if step.method.takes_size and step.size.auto
+        for layer, banks in plan.targets[number].items()
+        for bank in banks
+    ]
+    if not auto:
+        return
+    budget = recipe.budget
+    assert budget is not None  # the recipe refuses `size: auto` without one
+    seen: set[Item] = set()
+    for number, layer, bank in auto:
+        if (layer, bank) in seen:
+            raise recipe.error(
+                ("steps", number), f"two steps with size: auto work on {bank} of layer {layer}"
+            )
+        seen.add((layer, bank))
+    in_bytes = budget.unit == "bytes"
+
+    def cost(terms: list[Term]) -> int:
+        return sum(term.nbytes() if in_bytes else term.parameters() for term in terms)
+
+    def weights_cost(layer: int, bank: str) -> int:
+        terms = plan.original_terms(layer, plan.sites[layer][bank])
+        return cost([term for term in terms if not isinstance(term, Bias)])
+
+    fixed = dict.fromkeys(auto, DENSE)  # everything but the auto banks, whose weights come off
+    explicit = {
+        (number, layer, bank): plan._setting(step, layer, bank, {})
+        for number, step in enumerate(recipe.steps)
+        if not (step.method.takes_size and step.size.auto)
+        for layer, banks in plan.targets[number].items()
+        for bank in banks
+    }
+    rest = plan.predict({**explicit, **fixed})
+    if rest is None:
+        raise recipe.error(
+            ("budget",), "the sizes of the steps that are not size: auto depend on data"
+        )
+    total, result = plan.original.parameters, rest.parameters
+    if in_bytes:
+        total, result = plan.original.bytes, rest.bytes
+    plan.scope = _scope(plan, total, cost)
+    plan.allowed = math.floor(budget.kept * plan.scope + 1e-6)
+    rest_in_scope = plan.scope - (total - result) - sum(weights_cost(la, b) for _, la, b in auto)
+    plan.budget = plan.allowed - rest_in_scope
+    for number, layer, bank in auto:
+        plan.curves.append(_curve(plan, recipe.steps[number], layer, bank, in_bytes))
+    smallest = sum(curve.cost[0] for curve in plan.curves)
+    if plan.budget < smallest:
+        least = (rest_in_scope + smallest) / plan.scope
+        raise recipe.error(
+            ("budget",),
+            f"at most {1 - least:.1%} of the {budget.of} can be removed by these steps, "
+            f"not {1 - budget.kept:.1%}",
+        )
+
+
+def _scope(plan: Plan, total: int, cost: Any) -> int:
+    """What the budget's scope costs in the original."""
+    of = plan.recipe.budget.of
+    if of == "model":
+        return total
+    chosen = {
+        (layer, name)
+        for layer, sites in enumerate(plan.sites)
+        for name, site in sites.items()
+        if (
+            name.startswith("experts.")
+            if of == "experts"
+            else any(name in step.get(layer, ()) for step in plan.targets)
+        )
+    }
+    if not chosen:
+        raise plan.recipe.error(("budget",), f"of: the model has no {of}")
+    return sum(cost(plan.original_terms(layer, plan.sites[layer][name])) for layer, name in chosen)
+
+
+def _curve(plan: Plan, step: Step, layer: int, bank: str, in_bytes: bool) -> SizeCurve:
+    """The sizes that a bank may take; a setting that costs no less than the original is left out."""
+    site = plan.sites[layer][bank]
+    settings, costs = step.method.sizes(site.shape, step.options)
+    if not in_bytes:
+        return SizeCurve((layer, bank), tuple(settings), tuple(costs))
+    storage = plan.storage_dtype(layer, site)
+    dense = site.shape.parameters * plan.source_dtype(layer, site).itemsize
+    pairs: list[tuple[int, int]] = []
+    for setting, parameters in zip(settings, costs, strict=True):
+        if setting == DENSE:
+            continue
+        terms = step.method.layout(site.shape, setting, step.options)
+        nbytes = (
+            parameters * storage.itemsize
+            if terms is None
+            else sum(term.to(dtype=storage).nbytes() for term in terms)
+        )
+        if nbytes < dense:
+            pairs.append((setting, nbytes))
+    pairs.append((DENSE, dense))
+    return SizeCurve((layer, bank), tuple(s for s, _ in pairs), tuple(c for _, c in pairs))
+
+
+def _warn(plan: Plan) -> None:
+    """Notes what is legal but surprising."""
+    if plan.model.weights.unread:
+        names = plan.model.weights.unread
+        plan.warnings.append(
+            f"{len(names)} tensors are not read by transformers ({names[0]} ...): copied as they are"
+        )
+    for number, step in enumerate(plan.recipe.steps):
+        if not step.method.takes_size or step.size.rank is None:
+            continue
+        for layer, banks in plan.targets[number].items():
+            for bank in banks:
+                shape = plan.sites[layer][bank].shape
+                if step.size.rank * (shape.out_features + shape.in_features) >= (
+                    shape.out_features * shape.in_features
+                ):
+                    plan.warnings.append(
+                        f"steps.{number}: rank {step.size.rank} stores no less than the dense "
+                        f"matrices of {bank}"
+                    )
+                    break
+            else:
+                continue
+            break
+
+
+def resources(plan: Plan) -> dict[str, int]:
+    """Estimates in bytes: peak memory on the device and of the process, and disk.
+
+    The estimate of memory is of what scales with the model and the calibration set: a layer twice
+    (as read and as converted), embeddings and head, hidden states going in and out, the layer's
+    statistics, and float64 workspace for the largest decomposition.
+    """
+    recipe, model = plan.recipe, plan.model
+    itemsize = model.dtype.itemsize
+    layer_bytes = [
+        sum(plan.source.tensors[n].numel for n in names) * itemsize for names in model.layer_tensors
+    ]
+    outer = sum(plan.source.tensors[n].numel for n in model.outer_tensors) * itemsize
+    hidden_size = model.config.get_text_config().hidden_size
+    calibration = recipe.calibration
+    hidden = statistics = 0
+    if calibration is not None:
+        hidden = calibration.sequences * calibration.length * hidden_size * itemsize
+        statistics = max(
+            (
+                sum(
+                    size_of(need, plan.sites[layer], hidden_size, itemsize, calibration.length)
+                    for need in needs
+                )
+                for layer, needs in plan.needs.items()
+            ),
+            default=0,
+        )
+    stored = sum(
+        size_of(need, plan.sites[layer], hidden_size, itemsize, calibration.length)
+        for layer, needs in plan.needs.items()
+        for need in needs
+    ) if calibration is not None else 0
+    widest = max(
+        (min(s.shape.out_features, s.shape.in_features) for layer in plan.sites for s in
+         layer.values()),
+        default=0,
+    )
+    return {
+        "peak_memory": 2 * max(layer_bytes) + outer + 2 * hidden + statistics + 32 * widest**2,
+        "disk_output": plan.original.bytes,
+        "disk_statistics": stored,
+        "disk_temporary": hidden,
+    }

@@ -1,0 +1,299 @@
+"""report.md: what a run was asked for, what it attained, and what was lost where."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from .parts import (
+    SIZES,
+    Metrics,
+    methods_of,
+    perplexity_table,
+    sizes_table,
+    tasks_table,
+)
+from .tables import (
+    NONE,
+    Column,
+    Table,
+    count,
+    document,
+    duration,
+    get,
+    scientific,
+    section,
+    size,
+    text,
+    whole,
+)
+
+LONG = 40  # rows from which a table is folded away
+FEW_EXPERTS = 16  # up to which each expert's tokens are listed
+
+
+def render_report(metrics: Metrics) -> str:
+    """Writes report.md.
+
+    Args:
+        metrics: What metrics.json holds; whatever is absent or null is left out.
+
+    Returns:
+        GitHub Markdown.
+    """
+    name = get(metrics, "model", "name")
+    return document(
+        f"# {name}, compressed" if name else "# A compressed model",
+        _summary(metrics),
+        section("Warnings", _warnings(metrics)),
+        section("Quality", *_quality(metrics)),
+        section("Size: prediction and measurement", _prediction(metrics), _budget(metrics)),
+        section("Error after each pass", *_trace(metrics)),
+        section("What each bank became", _folded(_banks(metrics))),
+        section("Tokens per expert", *_tokens(metrics)),
+        section("Checks on the written files", _gate(metrics)),
+        section("How it was made", *_provenance(metrics)),
+    )
+
+
+def _summary(metrics: Metrics) -> str:
+    lines = []
+    methods = methods_of(metrics)
+    if methods:
+        lines.append("Steps: " + ", ".join(methods) + ".")
+    budget = get(metrics, "budget", "requested")
+    if budget:
+        lines.append(f"Budget: {budget}.")
+    table = sizes_table(metrics)
+    return "\n\n".join([" ".join(lines), table.markdown()] if table.rows else [" ".join(lines)])
+
+
+def _warnings(metrics: Metrics) -> str:
+    found = [str(warning) for warning in metrics.get("warnings") or []]
+    for layer in metrics.get("layers") or []:
+        found += [f"layer {get(layer, 'layer')}: {w}" for w in get(layer, "warnings") or []]
+    for side in ("original", "compressed"):
+        found += [f"{side}: {w}" for w in get(metrics, "evaluation", side, "warnings") or []]
+    return "\n".join(f"- {warning}" for warning in dict.fromkeys(found))
+
+
+def _quality(metrics: Metrics) -> list[str]:
+    original = get(metrics, "evaluation", "original")
+    compressed = get(metrics, "evaluation", "compressed")
+    paired = get(metrics, "evaluation", "paired")
+    tables = [perplexity_table(original, compressed, paired), tasks_table(original, compressed)]
+    return [table.markdown() for table in tables if table.rows]
+
+
+def _prediction(metrics: Metrics) -> str:
+    """Planned beside attained, to the last digit: they must agree."""
+    rows: list[Mapping[str, Any]] = []
+    for key, title, _ in SIZES:
+        planned = get(metrics, "sizes", "planned", key)
+        attained = get(metrics, "sizes", "attained", key)
+        if planned is None and attained is None:
+            continue
+        difference = attained - planned if planned is not None and attained is not None else None
+        original = get(metrics, "sizes", "original", key)
+        rows.append(
+            {
+                "what": title,
+                "original": original,
+                "planned": planned,
+                "attained": attained,
+                "difference": "equal" if difference == 0 else whole(difference),
+            }
+        )
+    columns = [
+        Column("what", "", left=True),
+        Column("original", "original", whole),
+        Column("planned", "planned", whole),
+        Column("attained", "measured", whole),
+        Column("difference", "measured less planned"),
+    ]
+    return Table(columns, rows).markdown() if rows else ""
+
+
+def _budget(metrics: Metrics) -> str:
+    budget = metrics.get("budget") or {}
+    parts = []
+    if budget.get("allowed") is not None:
+        parts.append(f"allowed {whole(budget['allowed'])}")
+    if budget.get("attained") is not None:
+        parts.append(f"attained {whole(budget['attained'])}")
+    if budget.get("shortfall_fraction") is not None:
+        shortfall = 100 * budget["shortfall_fraction"]
+        parts.append(f"unused {shortfall:.2f} % of the original")
+    return f"Budget: {', '.join(parts)}." if parts else ""
+
+
+def _trace(metrics: Metrics) -> list[str]:
+    rows: list[Mapping[str, Any]] = []
+    for layer in metrics.get("layers") or []:
+        for entry in get(layer, "trace") or []:
+            rows.append(
+                {
+                    "layer": get(layer, "layer"),
+                    "step": get(entry, "step"),
+                    "bank": get(entry, "bank"),
+                    "bank_error": get(entry, "bank_error"),
+                    "layer_error": get(entry, "layer_error"),
+                }
+            )
+    if not rows:
+        return []
+    columns = [
+        Column("layer", "layer"),
+        Column("step", "after step", left=True),
+        Column("bank", "bank", left=True),
+        Column("bank_error", "bank's output", scientific),
+        Column("layer_error", "layer's output", scientific),
+    ]
+    explanation = (
+        "Relative squared error on calibration inputs that each layer kept: of the bank's output "
+        "while its members still correspond to the original's, and of the whole layer's output."
+    )
+    return [explanation, _folded(Table(columns, rows))]
+
+
+def _banks(metrics: Metrics) -> Table:
+    rows: list[Mapping[str, Any]] = []
+    for layer in metrics.get("layers") or []:
+        for name, bank in (get(layer, "banks") or {}).items():
+            rows.append({**(bank or {}), "layer": get(layer, "layer"), "bank": name})
+    columns = [
+        Column("layer", "layer"),
+        Column("bank", "bank", left=True),
+        Column("summary", "terms", left=True),
+        Column("rank", "rank"),
+        Column("parameters", "parameters", count),
+        Column("bytes", "bytes", size),
+        Column("relative_weight_error", "weights' error", scientific),
+    ]
+    return Table(columns, rows)
+
+
+def _tokens(metrics: Metrics) -> list[str]:
+    rows: list[Mapping[str, Any]] = []
+    for layer in metrics.get("layers") or []:
+        tokens = get(layer, "tokens_per_expert")
+        if not tokens:
+            continue
+        rows.append(
+            {
+                "layer": get(layer, "layer"),
+                "min": min(tokens),
+                "median": statistics.median(tokens),
+                "max": max(tokens),
+                "unused": sum(value == 0 for value in tokens),
+                "all": ", ".join(map(whole, tokens)) if len(tokens) <= FEW_EXPERTS else None,
+            }
+        )
+    if not rows:
+        return []
+    columns = [
+        Column("layer", "layer"),
+        Column("min", "fewest", whole),
+        Column("median", "median", whole),
+        Column("max", "most", whole),
+        Column("unused", "experts without any"),
+    ]
+    if any(row["all"] for row in rows):
+        columns.append(Column("all", "each", left=True))
+    explanation = (
+        "Calibration tokens that were routed to each expert. What is fitted to few tokens is "
+        "fitted badly."
+    )
+    return [explanation, _folded(Table(columns, rows))]
+
+
+def _folded(table: Table) -> str:
+    """The table's Markdown, behind a click if it is long; nothing if it is empty."""
+    if not table.rows:
+        return ""
+    body = table.markdown()
+    if len(table.rows) < LONG:
+        return body
+    return f"<details><summary>{len(table.rows)} rows</summary>\n\n{body}\n\n</details>"
+
+
+def _verdict(value: Any) -> str:
+    return "yes" if value is True else "NO" if value is False else "not checked"
+
+
+def _gate(metrics: Metrics) -> str:
+    gate = metrics.get("gate")
+    if not gate:
+        return ""
+    changed, total = get(gate, "tensors_changed"), get(gate, "tensors_total")
+    rows: list[Mapping[str, Any]] = [
+        {
+            "what": "streamed forward over the files equals the terms in memory, bit by bit",
+            "result": _verdict(get(gate, "streamed_equal")),
+        },
+        {
+            "what": "`from_pretrained` in a fresh process gives the same bits",
+            "result": _verdict(get(gate, "fresh_process_equal")),
+        },
+        {"what": "sizes equal the plan", "result": _verdict(get(gate, "sizes_equal"))},
+        {"what": "tensors that differ from the original's", "result": f"{changed} of {total}"},
+    ]
+    if get(gate, "max_abs_logit") is not None:
+        rows.append({"what": "largest logit", "result": f"{gate['max_abs_logit']:.3g}"})
+    return Table([Column("what", "check", left=True), Column("result", "result")], rows).markdown()
+
+
+def _provenance(metrics: Metrics) -> list[str]:
+    rows: list[Mapping[str, Any]] = []
+
+    def add(what: str, value: Any) -> None:
+        if value is not None and value not in ("", NONE):
+            rows.append({"what": what, "value": text(value)})
+
+    add("model", get(metrics, "model", "name"))
+    add("architecture", get(metrics, "model", "model_type"))
+    add("output", metrics.get("output_kind"))
+    calibration = metrics.get("calibration") or {}
+    if calibration:
+        sequences, length = calibration.get("sequences"), calibration.get("length")
+        add("calibration", f"{text(sequences)} sequences of {text(length)} tokens")
+        add("calibration text", ", ".join(map(str, calibration.get("sources") or [])))
+        add("calibration digest", calibration.get("digest"))
+    counters = metrics.get("statistics") or {}
+    if counters:
+        hits, misses = counters.get("cache_hits"), counters.get("cache_misses")
+        add("statistics", f"{text(hits)} from the cache, {text(misses)} collected")
+        add("sweeps", counters.get("sweeps"))
+    seconds = metrics.get("seconds") or {}
+    phases = seconds.get("by phase") or seconds.get("by_phase") or {}
+    add("time", duration(seconds.get("total")))
+    for phase, value in phases.items():
+        add(f"time: {phase}", duration(value))
+    add("peak memory", size(metrics.get("peak_memory_bytes")))
+    add("mctk", metrics.get("mctk_version"))
+    for name, version in (metrics.get("versions") or {}).items():
+        add(name, version)
+    columns = [Column("what", "", left=True), Column("value", "", left=True)]
+    return [Table(columns, rows).markdown() if rows else "", *recipe_and_command(metrics)]
+
+
+def recipe_and_command(metrics: Metrics) -> list[str]:
+    """The recipe's text and the command, as code blocks."""
+    parts = []
+    recipe = metrics.get("recipe_text")
+    if recipe:
+        parts += ["The recipe:", fenced(str(recipe), "yaml")]
+    command = metrics.get("command")
+    if command:
+        line = command if isinstance(command, str) else " ".join(map(str, command))
+        parts += ["The command:", fenced(line, "bash")]
+    return parts
+
+
+def fenced(code: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    fence = "```"
+    while fence in code:
+        fence += "`"
+    return f"{fence}{language}\n{code.rstrip()}\n{fence}"

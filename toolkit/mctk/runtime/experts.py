@@ -1,0 +1,241 @@
+"""The experts of a Mixture-of-Experts block, original or compressed: one loop for both.
+
+The loop goes over the experts that tokens were routed to. It is the reference that faster paths
+are held against, and it is where statistics listen (`observe`). Its sums depend on no order: each
+weighted output has its own place ``[token, slot]``, and places are summed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..terms import Bank, BankShape
+from .names import IMPLEMENTATION, is_ours
+from .owner import TermModule
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+_OBSERVER = "_mctk_observer"
+
+
+class Observer(Protocol):
+    """Is told of every expert that a forward runs.
+
+    Args:
+        expert: Its number.
+        token_index: Rows of the hidden states, ``[n]``, in ascending order.
+        slot_index: Which of the token's k choices it was, ``[n]``.
+        x: The expert's inputs, ``[n, H]``.
+        h: Its activated intermediate values, ``[n, I]`` (the inputs of down).
+        y: Its outputs before routing weights, ``[n, H]``.
+        weights: The routing weights, ``[n]``.
+    """
+
+    def __call__(
+        self,
+        expert: int,
+        token_index: Tensor,
+        slot_index: Tensor,
+        x: Tensor,
+        h: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        /,
+    ) -> None:
+        """See the class."""
+
+
+@contextlib.contextmanager
+def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
+    """Tells `observer` of every expert that an experts module runs, while the context is open.
+
+    Raises:
+        ValueError: The module would not run by our loop: an original module of a model whose
+            experts implementation is another one.
+    """
+    if not isinstance(module, TermExperts):
+        implementation = getattr(
+            getattr(module, "config", None), "_experts_implementation", IMPLEMENTATION
+        )
+        if not is_ours(implementation):
+            raise ValueError(
+                f"{type(module).__name__} runs by the implementation {implementation!r}: call "
+                f"model.set_experts_implementation({IMPLEMENTATION!r}) before observing"
+            )
+    before = getattr(module, _OBSERVER, None)
+    setattr(module, _OBSERVER, observer)
+    try:
+        yield
+    finally:
+        setattr(module, _OBSERVER, before)
+
+
+# An expert's number and inputs [n, H] → its activated values [n, I] and outputs [n, H].
+_Expert = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def _run(
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    experts: int,
+    expert: _Expert,
+) -> Tensor:
+    """Runs the routed experts; [T, H] in, [T, H] out."""
+    tokens, k = top_k_index.shape
+    observer: Observer | None = getattr(module, _OBSERVER, None)
+    choices = top_k_index.reshape(-1)
+    # Places [T·k], expert by expert, tokens in order within each.
+    places = torch.argsort(choices, stable=True)
+    counts = torch.bincount(choices, minlength=experts).tolist()
+    if len(counts) > experts:
+        raise ValueError(
+            f"expert index {len(counts) - 1} of {experts} experts: expert parallelism is not "
+            "supported by mctk's experts"
+        )
+    # As transformers: products with the routing weights, and their sum, in the wider type.
+    dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+    outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1], dtype=dtype)
+    start = 0
+    for number, count in enumerate(counts):
+        if count == 0:
+            continue
+        place = places[start : start + count]
+        start += count
+        token, slot = place // k, place % k
+        x = hidden_states[token]
+        h, y = expert(number, x)
+        weights = top_k_weights[token, slot]
+        outputs[place] = (y * weights[:, None]).to(dtype)
+        if observer is not None:
+            observer(number, token, slot, x, h, y, weights)
+    return outputs.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Runs an original experts module of transformers by our loop; registered as "mctk".
+
+    Args:
+        module: An experts module with transformers' flags; they say how its tensors are laid out.
+        hidden_states: ``[T, H]``.
+        top_k_index: Chosen experts, ``[T, k]``.
+        top_k_weights: Routing weights, ``[T, k]``.
+
+    Returns:
+        The weighted sum of the experts' outputs, ``[T, H]``.
+    """
+    wide = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def project(name: str, number: int, x: Tensor) -> Tensor:
+        weight = getattr(module, name)[number]
+        x = x.to(weight.dtype)
+        out = x @ weight if module.is_transposed else F.linear(x, weight)
+        return out + getattr(module, f"{name}_bias")[number] if module.has_bias else out
+
+    def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        fused = project(wide, number, x)
+        h = module._apply_gate(fused) if module.has_gate else module.act_fn(fused)
+        y = project("down_proj", number, h)
+        return h, module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+    return _run(
+        module, hidden_states, top_k_index, top_k_weights, module.down_proj.shape[0], expert
+    )
+
+
+class TermExperts(TermModule):
+    """Stands for an experts module: its gate, up and down banks are sums of terms.
+
+    It takes over everything of the original but its weights: flags, configuration, activation,
+    limits, norms. An expert that no term of down serves is dropped: it contributes nothing.
+
+    Args:
+        original: The module that it replaces, on any device; it may be a `TermExperts`.
+        specs: "gate" (if it has one), "up", "down" → the specs of the terms.
+
+    Raises:
+        CheckpointError: The specs do not fit the original, or that is laid out in no known way.
+    """
+
+    def __init__(
+        self, original: nn.Module, specs: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> None:
+        shapes, dtype = _layout(original)
+        super().__init__(shapes, specs, dtype)
+        self.original_class: type[nn.Module] = getattr(original, "original_class", type(original))
+        for name, value in vars(original).items():
+            if name not in self.__dict__ and name != _OBSERVER:
+                setattr(self, name, value)
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.num_experts = shapes["down"].members
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `experts_forward`."""
+        banks = {part: self.bank(part) for part in self.shapes}
+        down = banks["down"]
+        served = [any(term.has(e) for term in down.terms) for e in range(self.num_experts)]
+        dtype = next((t.dtype for bank in banks.values() for t in bank.terms), hidden_states.dtype)
+
+        def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self._activate(banks, x.to(dtype), number)
+            y = down.apply(h, number)
+            if self.has_post_expert_norm and served[number]:
+                y = self.post_expert_norm(y)
+            return h, y
+
+        return _run(self, hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _activate(self, banks: Mapping[str, Bank], x: Tensor, number: int) -> Tensor:
+        """An expert's inputs of down, [n, I], computed as its original class does."""
+        up = banks["up"].apply(x, number)
+        if not self.has_gate:
+            return self.act_fn(up)
+        gate = banks["gate"].apply(x, number)
+        if self.is_concatenated:
+            fused = torch.cat([gate, up], dim=-1)
+        else:
+            fused = torch.stack([gate, up], dim=-1).flatten(-2)
+        # Families override `_apply_gate`, and it reads attributes of the module: ours has them.
+        return self.original_class._apply_gate(self, fused)
+
+
+def _layout(original: nn.Module) -> tuple[dict[str, BankShape], torch.dtype]:
+    """The shapes of an experts module's banks, and its dtype; refuses what it does not know."""
+    name = type(original).__name__
+    if isinstance(original, TermExperts):
+        dtype = next((p.dtype for p in original.parameters(recurse=False)), torch.float32)
+        return original.shapes, dtype
+    missing = [flag for flag in FLAGS if not hasattr(original, flag)]
+    if missing:
+        raise CheckpointError(f"{name} is not an experts module: it has no {missing[0]}")
+    known = {*WEIGHTS, *(f"{weight}_bias" for weight in WEIGHTS)}
+    for key, _ in [
+        *original.named_parameters(recurse=False),
+        *original.named_buffers(recurse=False),
+    ]:
+        if key not in known:
+            raise CheckpointError(f"{name} holds {key}: a layout that mctk does not know")
+    wide = original.gate_up_proj if original.has_gate else original.up_proj
+    down = original.down_proj
+    if original.is_transposed:
+        wide, down = wide.transpose(1, 2), down.transpose(1, 2)
+    experts, hidden, intermediate = down.shape
+    if tuple(wide.shape) != (experts, intermediate * (1 + original.has_gate), hidden):
+        raise CheckpointError(
+            f"{name} holds {list(wide.shape)} beside down {list(down.shape)}: a layout that its "
+            "flags do not describe"
+        )
+    up = BankShape(experts, intermediate, hidden)
+    gate = {"gate": up} if original.has_gate else {}
+    return {**gate, "up": up, "down": BankShape(experts, hidden, intermediate)}, down.dtype

@@ -1,0 +1,165 @@
+"""What modules of terms have in common: owning the terms' tensors under flat names.
+
+The names matter. transformers renames and fuses tensors of a checkpoint by patterns such as
+`experts.gate_up_proj.` or `.gate.weight`; a name without inner dots below the module meets none of
+them. And a module owns all that it reads, because accelerate brings offloaded tensors back just for
+the forward of the module that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, nearest
+from ..terms import Bank, BankShape, Term
+
+LINEAR = "linear"
+"""The only part of a linear layer; its name is left out of tensor names."""
+
+
+def tensor_name(part: str | None, index: int, key: str) -> str:
+    """Returns a term's tensor name within its module, e.g. `terms_gate_0_U` or `terms_0_U`.
+
+    Args:
+        part: "gate", "up" or "down" of an experts module; None (or "linear") of a linear layer.
+        index: The term's place in its bank.
+        key: The tensor's name in the term.
+    """
+    middle = "" if part in (None, LINEAR) else f"{part}_"
+    return f"terms_{middle}{index}_{key}"
+
+
+class TermModule(nn.Module):
+    """Owns the tensors of the terms of one or more banks.
+
+    It is built from specs with all tensors on the meta device; they are filled by loading a
+    checkpoint or by `set_terms`.
+
+    Args:
+        shapes: Part → shape of its bank.
+        specs: Part → the specs of its terms, in order. The same parts.
+        dtype: What floating tensors are loaded in.
+
+    Raises:
+        CheckpointError: Names the key that is missing, unknown or does not fit.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, BankShape],
+        specs: Mapping[str, Sequence[Mapping[str, Any]]],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        for part in specs:
+            if part not in shapes:
+                raise CheckpointError(f"terms.{part}: unknown bank{nearest(part, shapes)}")
+        for part in shapes:
+            if part not in specs:
+                raise CheckpointError(f"terms.{part}: is missing")
+        self.shapes = dict(shapes)
+        self.specs = {part: [dict(spec) for spec in specs[part]] for part in shapes}
+        # Terms on meta: they hold what is not data, and `terms` puts the tensors in.
+        self._templates = {
+            part: [self._own(part, i, spec, dtype) for i, spec in enumerate(specs[part])]
+            for part in shapes
+        }
+
+    def _own(self, part: str, index: int, spec: Mapping[str, Any], dtype: torch.dtype) -> Term:
+        where = f"terms.{part}[{index}]"
+        shape = self.shapes[part]
+        for key, wanted in (
+            ("members", shape.members),
+            ("out", shape.out_features),
+            ("in", shape.in_features),
+        ):
+            if spec.get(key) != wanted:
+                raise CheckpointError(
+                    f"{where}.{key}: is {spec.get(key)!r}, the model's module has {wanted}"
+                )
+        try:
+            term = Term.from_spec(spec, _meta_tensors(spec)).to(dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        for key, tensor in term.tensors().items():
+            name = tensor_name(part, index, key)
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        return term
+
+    def terms(self, part: str = LINEAR) -> list[Term]:
+        """Returns a bank's terms around the tensors that the module holds now."""
+        return [
+            template.with_tensors(
+                {key: getattr(self, tensor_name(part, i, key)) for key in template.tensors()}
+            )
+            for i, template in enumerate(self._templates[part])
+        ]
+
+    def bank(self, part: str = LINEAR) -> Bank:
+        """Returns a part of the module as a bank (which does not know its layer)."""
+        return Bank(part, -1, self.shapes[part], self.terms(part))
+
+    def set_terms(self, part: str, terms: Sequence[Term]) -> None:
+        """Puts in the tensors of terms that have the specs that the module was built from."""
+        templates = self._templates[part]
+        if len(terms) != len(templates):
+            raise ValueError(f"{part}: has {len(templates)} terms, not {len(terms)}")
+        for i, (template, term) in enumerate(zip(templates, terms, strict=True)):
+            if term.to(template.dtype).spec() != template.spec():
+                raise ValueError(f"{part}: term {i} is {term.spec()}, not {template.spec()}")
+            for key, tensor in term.tensors().items():
+                name = tensor_name(part, i, key)
+                if tensor.is_floating_point():
+                    tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+                setattr(self, name, tensor)
+
+    def check(self) -> None:
+        """Checks the values of loaded index tensors; offloaded terms are passed over.
+
+        Raises:
+            CheckpointError: Names the term and the tensor.
+        """
+        for part, specs in self.specs.items():
+            for i, (spec, term) in enumerate(zip(specs, self.terms(part), strict=True)):
+                tensors = term.tensors()
+                if any(t.is_meta for t in tensors.values()):
+                    continue
+                try:
+                    Term.from_spec(spec, tensors)
+                except CheckpointError as error:
+                    raise CheckpointError(f"terms.{part}[{i}]: {error}") from error
+
+    def extra_repr(self) -> str:
+        """One word per term, as in `gate: dense + lowrank`."""
+        return ", ".join(
+            f"{part}: {' + '.join(str(spec['kind']) for spec in specs) or 'nothing'}"
+            for part, specs in self.specs.items()
+        )
+
+
+def _meta_tensors(spec: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a spec describes, without data."""
+    tensors = {}
+    entries = spec.get("tensors")
+    if not isinstance(entries, Mapping):
+        raise CheckpointError(f"tensors: must map names to shape and dtype, not {entries!r}")
+    for key, entry in entries.items():
+        if not str(key).isidentifier():
+            raise CheckpointError(f"tensors.{key}: is not a name")
+        dtype = getattr(torch, str(entry.get("dtype")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"tensors.{key}.dtype: unknown dtype {entry.get('dtype')!r}")
+        try:
+            tensors[key] = torch.empty(entry.get("shape"), dtype=dtype, device="meta")
+        except (TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"tensors.{key}.shape: {entry.get('shape')!r} is no shape"
+            ) from error
+    return tensors

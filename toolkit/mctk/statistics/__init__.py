@@ -1,0 +1,20 @@
+"""Statistics of calibration data: declared needs, their collection, their cache."""
+
+from .cache import StatisticsCache, cache_directory
+from .collect import LayerCollector
+from .needs import ExpertFrequency, LayerSamples, Need, RouterWeight, SecondMoment
+from .values import LayerStatistics, Moment, size_of
+
+__all__ = [
+    "ExpertFrequency",
+    "LayerCollector",
+    "LayerSamples",
+    "LayerStatistics",
+    "Moment",
+    "Need",
+    "RouterWeight",
+    "SecondMoment",
+    "StatisticsCache",
+    "cache_directory",
+    "size_of",
+]

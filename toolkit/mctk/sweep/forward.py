@@ -1,0 +1,188 @@
+"""The forward sweep: calibration tokens go through the model layer by layer.
+
+The hidden states of all batches enter layer i, whoever listens sees them pass, and they leave for
+layer i+1; one layer's weights are in memory. The first batch also goes through the model's own
+forward at the same time, layer by layer, and must arrive everywhere with the same bits: a family
+whose layers hand on more than hidden states is found out here, not in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..files import write_tensors
+from .stream import LayerCall, StreamedModel, hidden_of, same, share_calls
+
+
+@dataclass(frozen=True)
+class LayerVisit:
+    """One layer during a sweep, its weights in memory.
+
+    Attributes:
+        index: The layer's number.
+        module: The layer, filled.
+        inputs: Hidden states [B, T, H] that enter it, one entry a batch (on the CPU).
+        run: Runs the layer on batch number b and returns its output [B, T, H] on the device.
+    """
+
+    index: int
+    module: nn.Module
+    inputs: list[torch.Tensor]
+    run: Callable[[int], torch.Tensor]
+
+
+class ForwardSweep:
+    """Calibration tokens on their way through a streamed model.
+
+    Args:
+        model: The streamed model.
+        ids: Token ids [N, T].
+        batch: Sequences per forward pass.
+        state: File that keeps the hidden states after each layer, so that a killed sweep goes on;
+            None to keep nothing.
+    """
+
+    def __init__(
+        self, model: StreamedModel, ids: torch.Tensor, batch: int, state: Path | None = None
+    ) -> None:
+        self.model = model
+        self.batches = list(ids.split(batch))
+        self.state = state
+
+    def run(
+        self, visit: Callable[[LayerVisit], list[torch.Tensor]], start: int = 0
+    ) -> list[torch.Tensor]:
+        """Visits every layer from `start` on.
+
+        Args:
+            visit: Is called with each layer; returns its outputs, one a batch.
+            start: The first layer to visit; above 0 the sweep's state file must hold the hidden
+                states that enter it.
+
+        Returns:
+            The last layer's outputs, one [B, T, H] a batch, on the CPU.
+
+        Raises:
+            UserError: The layers' results do not add up to the model's own forward.
+        """
+        model = self.model
+        model.load_outer()
+        entering, calls = self._embed()
+        if start:
+            entering = self._resume(start)
+        # The model's own forward on the first batch drives the sweep: each layer is filled just
+        # before its call and emptied after it.
+        done: list[torch.Tensor] = entering
+
+        def drive(index: int, hidden: torch.Tensor, call: LayerCall) -> Any:
+            nonlocal done
+            if index < start:
+                return entering[0].to(model.device) if index == start - 1 else hidden
+            self._compare(index, hidden, call, done[0], calls[0][index])
+            with model.layer(index) as module, torch.no_grad():
+                own = type(module).forward(module, hidden, *call.args, **call.kwargs)
+                inputs = done
+
+                def run(b: int) -> torch.Tensor:
+                    return model.run_layer(index, inputs[b].to(model.device), calls[b][index])
+
+                outputs = visit(LayerVisit(index, module, inputs, run))
+            done = [output.cpu() for output in outputs]
+            hidden_of(own, type(module).__name__)
+            self._save(index + 1, done)
+            return own
+
+        with model.replaced(drive):
+            logits = model._forward(self.batches[0])
+        streamed = model.head(self.batches[0], done[0].to(model.device))
+        if not torch.equal(logits, streamed):
+            raise UserError(
+                f"{type(model.model).__name__}: streaming its layers does not give the model's own "
+                "logits; the family is not supported"
+            )
+        return done
+
+    def _embed(self) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
+        hidden: list[torch.Tensor] = []
+        calls: list[list[LayerCall]] = []
+        for ids in self.batches:
+            states, layer_calls = self.model.embed(ids)
+            hidden.append(states.cpu())
+            calls.append(share_calls(layer_calls, calls[0] if calls else None))
+        return hidden, calls
+
+    def _compare(
+        self, index: int, own: torch.Tensor, own_call: LayerCall, ours: torch.Tensor, call: LayerCall
+    ) -> None:
+        """The model's own forward must reach layer `index` with what the sweep has for it."""
+        equal = torch.equal(own.cpu(), ours)
+        if equal and same(own_call.args, call.args) and same(own_call.kwargs, call.kwargs):
+            return
+        what = "arguments" if equal else "hidden states"
+        raise UserError(
+            f"{type(self.model.model).__name__}: layer {index} gets other {what} in the model's "
+            "own forward than when streamed; the family is not supported"
+        )
+
+    def _save(self, index: int, hidden: list[torch.Tensor]) -> None:
+        if self.state is None:
+            return
+        payload = {f"batch.{b}": states for b, states in enumerate(hidden)}
+        write_tensors(self.state, payload, {"layer": str(index)})
+
+    def _resume(self, start: int) -> list[torch.Tensor]:
+        from safetensors import safe_open
+
+        with safe_open(str(self.state), framework="pt", backend="pread") as file:
+            if (file.metadata() or {}).get("layer") != str(start):
+                raise ValueError(f"{self.state} does not hold the states that enter layer {start}")
+            return [file.get_tensor(f"batch.{b}") for b in range(len(self.batches))]
+
+    def saved_layer(self) -> int:
+        """The layer that the saved hidden states enter; 0 if there are none."""
+        if self.state is None or not self.state.exists():
+            return 0
+        from safetensors import safe_open
+
+        with safe_open(str(self.state), framework="pt", backend="pread") as file:
+            return int((file.metadata() or {"layer": "0"})["layer"])
+
+
+def stream_logits(
+    model: StreamedModel,
+    ids: torch.Tensor,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Logits of many sequences with one decoder layer in memory at a time.
+
+    Args:
+        model: The streamed model.
+        ids: Token ids [N, T].
+        batch_size: Sequences per forward pass.
+        progress: Is called with (layers done, layers in all).
+
+    Yields:
+        Logits [B, T, V] of each batch, in order.
+    """
+    sweep = ForwardSweep(model, ids, batch_size)
+
+    def visit(layer: LayerVisit) -> list[torch.Tensor]:
+        outputs = []
+        for b in range(len(layer.inputs)):
+            outputs.append(layer.run(b).cpu())
+            layer.inputs[b] = outputs[-1][:0]  # each input is used once: free it at once
+        if progress:
+            progress(layer.index + 1, len(model.layers))
+        return outputs
+
+    hidden = sweep.run(visit)
+    for batch, states in zip(sweep.batches, hidden, strict=True):
+        yield model.head(batch, states.to(model.device))

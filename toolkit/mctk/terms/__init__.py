@@ -1,0 +1,37 @@
+"""Banks and terms: a compressed layer is a sum of terms, and a pass rewrites terms.
+
+A *bank* is a set of same-shaped weight matrices that are compressed together (the gate matrices
+of one layer's experts, say). A *term* is one affine contribution to it; for every member e
+``W_e x ≈ Σ_t term_t[e](x)``. This package knows how terms are counted, described in JSON,
+multiplied out and applied; it depends on torch and on nothing else of ours but the errors.
+"""
+
+from mctk.terms.bank import Bank
+from mctk.terms.dense import Bias, Dense
+from mctk.terms.lowrank import LowRank
+from mctk.terms.registry import kind, kinds, register_kind
+from mctk.terms.shape import BankShape
+from mctk.terms.sizes import DENSE, SizeCurve, rank_settings
+from mctk.terms.sparse import Sparse
+from mctk.terms.term import Term, spec_bytes, spec_parameters
+
+for _kind in (Dense, LowRank, Sparse, Bias):
+    register_kind(_kind)
+
+__all__ = [
+    "DENSE",
+    "Bank",
+    "BankShape",
+    "Bias",
+    "Dense",
+    "LowRank",
+    "SizeCurve",
+    "Sparse",
+    "Term",
+    "kind",
+    "kinds",
+    "rank_settings",
+    "register_kind",
+    "spec_bytes",
+    "spec_parameters",
+]
