@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 Costs = Sequence[Sequence[int]]
 Errors = Sequence[Sequence[float]]
@@ -186,7 +187,7 @@ def _greedy(
     steps = []
     for i, low in enumerate(lowest):
         points = hull(costs[i], errors[i], low)
-        for a, b in zip(points, points[1:], strict=False):
+        for a, b in pairwise(points):
             steps.append((-_slope(costs[i], errors[i], a, b), i, a, b))
     steps.sort()
     choice = list(lowest)

@@ -22,4 +22,4 @@ def decompositions(weight: Tensor) -> Iterator[MetricSVD]:
         of ``‖W‖²`` (Eckart and Young).
     """
     for matrix in weight:
-        yield metric_svd(matrix, input_moment=None, output_moment=None)
+        yield metric_svd(matrix)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mctk import lowrank
+from mctk import decompose
+from mctk.decompose import LowRankOptions
 from mctk.hookspecs import Method
-from mctk.lowrank import LowRankOptions
 
 if TYPE_CHECKING:
     from mctk.terms import Bank, BankShape, Term
@@ -26,7 +26,11 @@ class Svd(Method):
 
     def sizes(self, shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
         """Ranks smaller than dense, then dense."""
-        return lowrank.sizes(shape, options)
+        return decompose.sizes(shape, options)
+
+    def layout(self, shape: BankShape, size: int | None, options: LowRankOptions) -> list[Term]:
+        """Two factors for every member."""
+        return decompose.layout(shape, size, options)
 
     def decompose(
         self, bank: Bank, statistics: Any, size: int | None, options: LowRankOptions
@@ -34,5 +38,5 @@ class Svd(Method):
         """Replaces the bank's matrices by their best approximations of rank `size`."""
         from mctk_svd.math import decompositions
 
-        dense = lowrank.matrices(bank)
-        return lowrank.replace(bank, dense, decompositions(dense.weight), size, options)
+        dense = decompose.matrices(bank)
+        return decompose.replace(bank, dense, decompositions(dense.weight), size, options)

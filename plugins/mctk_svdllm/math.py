@@ -12,18 +12,18 @@ from mctk.linalg import MetricSVD, metric_svd
 from torch import Tensor
 
 
-def decomposition(weight: Tensor, moment: Tensor | None, side: str) -> MetricSVD:
+def decomposition(weight: Tensor, moment: Tensor, side: str) -> MetricSVD:
     """Decomposes one matrix in the metric of a moment; cut at r it loses ``Σ_{i>r} σ_i²``.
 
     Args:
         weight: ``[out, in]``.
-        moment: ``C [in, in]`` on the input side, ``A [out, out]`` on the output side. None is the
-            identity: plain SVD.
+        moment: ``C [in, in]`` on the input side, ``A [out, out]`` on the output side. All zeros
+            (no token was seen) give plain SVD.
         side: "input" or "output".
     """
     if side == "input":
-        return metric_svd(weight, input_moment=moment, output_moment=None)
-    return metric_svd(weight, input_moment=None, output_moment=moment)
+        return metric_svd(weight, input_moment=moment)
+    return metric_svd(weight, output_moment=moment)
 
 
 def pooled_inputs(moment: Tensor, count: int, least: int, pooled: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from mctk import lowrank
+from mctk import decompose
+from mctk.decompose import LowRankOptions
 from mctk.errors import UserError
 from mctk.hookspecs import Method
-from mctk.lowrank import LowRankOptions
 from pydantic import Field
 
 if TYPE_CHECKING:
@@ -60,14 +60,19 @@ class SvdLlm(Method):
 
     def sizes(self, shape: BankShape, options: SvdLlmOptions) -> tuple[list[int], list[int]]:
         """Ranks smaller than dense, then dense."""
-        return lowrank.sizes(shape, options)
+        return decompose.sizes(shape, options)
+
+    def layout(self, shape: BankShape, size: int | None, options: SvdLlmOptions) -> list[Term]:
+        """Two factors for every member."""
+        return decompose.layout(shape, size, options)
 
     def curve(self, bank: Bank, statistics: Any, options: SvdLlmOptions) -> list[float]:
         """Squared error of the bank's output over all its tokens: tails of σ², summed."""
         settings, _ = self.sizes(bank.shape, options)
         total = [0.0] * len(settings)
-        for part, weight in _decompositions(bank, lowrank.matrices(bank), statistics, options):
-            for k, error in enumerate(lowrank.tail_errors(part.spectrum, settings)):
+        parts = _decompositions(bank, decompose.matrices(bank), statistics, options)
+        for part, weight in decompose.name_errors(bank, parts):
+            for k, error in enumerate(decompose.tail_errors(part.spectrum, settings)):
                 total[k] += weight * error
         return total
 
@@ -75,9 +80,9 @@ class SvdLlm(Method):
         self, bank: Bank, statistics: Any, size: int | None, options: SvdLlmOptions
     ) -> list[Term]:
         """Replaces the bank's matrices by those of rank `size` with the least output error."""
-        dense = lowrank.matrices(bank)
+        dense = decompose.matrices(bank)
         parts = (part for part, _ in _decompositions(bank, dense, statistics, options))
-        return lowrank.replace(bank, dense, parts, size, options)
+        return decompose.replace(bank, dense, parts, size, options)
 
 
 def _decompositions(
@@ -93,7 +98,7 @@ def _decompositions(
 
     side = moment_side(bank.shape)
     moment: Moment = statistics[SecondMoment(bank.name, side)]
-    groups = lowrank.members_of_slots(dense)
+    groups = decompose.members_of_slots(dense)
     if side == "output" and not _is_original(bank, dense):
         raise UserError(
             f"{bank.name} of layer {bank.layer}: its moment is that of the original matrices' "
@@ -104,12 +109,12 @@ def _decompositions(
     _check_tokens(bank, groups, counts, least, options.few_tokens)
 
     mean_energy = float(moment.value.diagonal(dim1=1, dim2=2).sum()) / int(moment.count.sum())
-    mean = moment.pooled()
+    mean = moment.pooled().to(dense.device)
     for slot, group in enumerate(groups):
         weight, count = dense.weight[slot], counts[slot]
-        value = moment.value[group].sum(0)
+        value = moment.value[group].sum(0).to(weight.device)
         if options.few_tokens != "pooled":
-            yield math.decomposition(weight, value if count else None, side), float(count > 0)
+            yield math.decomposition(weight, value, side), float(count > 0)
             continue
         if side == "input":
             value = math.pooled_inputs(value, count, least, mean)

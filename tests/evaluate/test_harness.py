@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny
-from tiny_checkpoint import tokenizer
-
 from mctk.errors import UserError
 from mctk.evaluate.harness import _guessing, match_tasks, run_tasks
+from tiny_checkpoint import tokenizer
 
 pytest.importorskip("lm_eval")
 ROOT = Path(__file__).parents[2]

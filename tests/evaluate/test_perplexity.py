@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import VOCABULARY, tiny, token_ids
-from tiny_checkpoint import tokenizer, words
-
 from mctk.data import Source, evaluation_windows
 from mctk.errors import UserError
 from mctk.evaluate import (
@@ -19,6 +17,7 @@ from mctk.evaluate import (
     streamed_logits,
     window_nll,
 )
+from tiny_checkpoint import tokenizer, words
 
 
 def naive(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -127,5 +126,3 @@ def test_paired_bootstrap_weighs_windows_by_their_tokens():
     assert paired_bootstrap([1, 2], [1, 2], 5) == (0, 0, 0)
     with pytest.raises(ValueError, match="correspond"):
         paired_bootstrap([1, 2], [1], 5)
-
-

@@ -1,4 +1,4 @@
-"""Properties of plain SVD, and of what every low-rank method shares (`mctk.lowrank`)."""
+"""Properties of plain SVD, and of what every low-rank method shares (`mctk.decompose`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from mctk import lowrank
+from mctk import decompose
+from mctk.decompose import LowRankOptions
 from mctk.errors import UserError
-from mctk.lowrank import LowRankOptions
 from mctk.terms import DENSE, Bank, BankShape, Bias, Dense, LowRank
 from mctk_svd.math import decompositions
 from mctk_svd.methods import Svd
@@ -60,7 +60,7 @@ def test_error_is_the_sum_of_the_dropped_squares():
     weight = make_bank().terms[0].weight[:1]
     (part,) = decompositions(weight)
     ranks = [1, 4, 8, 11, 12, DENSE]
-    errors = lowrank.tail_errors(part.spectrum, ranks)
+    errors = decompose.tail_errors(part.spectrum, ranks)
     for rank, error in zip(ranks[:-1], errors, strict=False):
         u, v = part.factors(rank)
         measured = float((weight[0].double() - u.double() @ v.double()).square().sum())

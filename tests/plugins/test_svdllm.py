@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mctk.errors import UserError
+from mctk.linalg import metric_svd
 from mctk.statistics import LayerStatistics, Moment, SecondMoment
 from mctk.terms import DENSE, Bank, BankShape, Bias, Dense, LowRank
 from mctk_svdllm import math
@@ -114,9 +115,10 @@ def test_full_rank_is_the_identity(size):
 def test_identity_moment_is_plain_svd():
     weight = make_bank(TALL).terms[0].weight[0]
     white = math.decomposition(weight, torch.eye(8), "input")
-    plain = math.decomposition(weight, None, "input")
+    plain = metric_svd(weight)
+    unseen = math.decomposition(weight, torch.zeros(8, 8), "input")
     assert torch.allclose(white.spectrum, plain.spectrum, rtol=1e-6)
-    for part in (white, plain):
+    for part in (white, unseen):
         u, v = part.factors(5)
         assert torch.allclose(u @ v, plain.factors(5)[0] @ plain.factors(5)[1], atol=1e-5)
 
@@ -210,6 +212,17 @@ def test_no_token_at_all_is_an_error():
     bank = make_bank(TALL)
     with pytest.raises(UserError, match="no calibration token reached it"):
         SvdLlm().decompose(bank, measure(bank, make_inputs(TALL, [0, 0, 0])), 4, SvdLlmOptions())
+
+
+def test_bad_numbers_name_their_place():
+    bank, inputs = make_bank(TALL), make_inputs(TALL, [50, 50, 50])
+    inputs[1][3, 3] = float("nan")
+    for call in (
+        lambda: SvdLlm().decompose(bank, measure(bank, inputs), 4, SvdLlmOptions()),
+        lambda: SvdLlm().curve(bank, measure(bank, inputs), SvdLlmOptions()),
+    ):
+        with pytest.raises(UserError, match=r"experts.down of layer 2, matrix .: .* NaN"):
+            call()
 
 
 def test_merged_members_share_their_tokens():

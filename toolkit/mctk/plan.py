@@ -25,7 +25,7 @@ from .checkpoint import (
 from .checkpoint.weights import TORCH_DTYPES
 from .errors import UserError, nearest
 from .models import BankSite, bank_sites
-from .statistics import LayerSamples, Need, SecondMoment, size_of
+from .statistics import ExpertFrequency, LayerSamples, Need, SecondMoment, size_of
 from .sweep import StreamedModel
 from .terms import DENSE, Bias, SizeCurve, Term
 
@@ -174,13 +174,15 @@ class Plan:
         changed = self.layout(sizes)
         return None if changed is None else count_model(self.model, changed)
 
-    def attained(self, sizes: ModelSizes) -> int:
-        """What the budget's scope costs in a result, in the budget's unit."""
-        budget = self.recipe.budget
-        assert budget is not None
-        total = self.original.bytes if budget.unit == "bytes" else self.original.parameters
-        result = sizes.bytes if budget.unit == "bytes" else sizes.parameters
-        return self.scope - (total - result)
+    def attained(self, sizes: Mapping[str, int]) -> int:
+        """What the budget's scope costs in a result, in the budget's unit.
+
+        Args:
+            sizes: The result's sizes by name, as `ModelSizes.as_dict` gives them.
+        """
+        assert self.recipe.budget is not None
+        unit = self.recipe.budget.unit
+        return self.scope - (self.original.as_dict()[unit] - sizes[unit])
 
 
 def count_model(model: StreamedModel, changed: Mapping[int, Mapping[str, list[Term]]]) -> ModelSizes:
@@ -261,7 +263,11 @@ def _needs(plan: Plan) -> dict[int, list[Need]]:
     if plan.recipe.calibration is not None:
         touched = {layer for step in plan.targets for layer in step}
         for layer in sorted(touched):
-            needs.setdefault(layer, []).append(LayerSamples(TRACE_TOKENS))
+            wanted = needs.setdefault(layer, [])
+            wanted.append(LayerSamples(TRACE_TOKENS))
+            has_experts = any(site.part == "down" for site in plan.sites[layer].values())
+            if has_experts and ExpertFrequency() not in wanted:
+                wanted.append(ExpertFrequency())  # tokens per expert are part of every report
     return needs
 
 

@@ -149,9 +149,11 @@ class Registry:
         """Makes the plugins' kinds of term known to `mctk.terms`; loads torch."""
         from mctk.terms import register_kind
 
+        distributions = {info.name: info.distribution for info in self._plugins}
         for implementation in self.hook.kinds.get_hookimpls():
+            name = implementation.plugin_name
             for kind in implementation.function():
-                register_kind(kind, provider=implementation.plugin_name)
+                register_kind(kind, provider=distributions[name] or name)
 
     def _add_entry_points(self) -> None:
         found = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)

@@ -16,6 +16,7 @@ COMMANDS = {
     "run": "Compress a model as a recipe says; goes on where it was stopped.",
     "plan": "Check a recipe and show what it will cost, before weights are read.",
     "eval": "Measure a checkpoint: perplexity and lm-eval tasks.",
+    "report": "Print finished runs side by side.",
     "inspect": "Show what a checkpoint holds: layers, terms and sizes.",
     "plugins": "List the methods that recipes can name, and their options.",
 }

@@ -170,7 +170,9 @@ class Step(_Model):
     layers: Annotated[
         Layers, BeforeValidator(Layers.parse), PlainSerializer(lambda layers: str(layers))
     ] = Field(default=Layers(), description="all, 3, [0, 1] or 0-3,5")
-    size: Size | None = Field(None, description="auto (where a method takes a size), {keep: ...}, {rank: ...}")
+    size: Size | None = Field(
+        None, description="auto (where a method takes a size), {keep: ...}, {rank: ...}"
+    )
     options: SerializeAsAny[MethodOptions] = Field(description="the method's options")
 
     @field_validator("targets")
@@ -308,12 +310,12 @@ class Recipe(_Model):
     def check_layers(self, count: int) -> None:
         """Refuses a step that names layers which a model of `count` layers has not."""
         for index, step in enumerate(self.steps):
-            for first, last in step.layers.ranges or ():
-                if last >= count:
-                    raise self.error(
-                        ("steps", index, "layers"),
-                        f"{first}-{last} goes past the last layer, {count - 1}",
-                    )
+            last = max((last for _, last in step.layers.ranges or ()), default=0)
+            if last >= count:
+                raise self.error(
+                    ("steps", index, "layers"),
+                    f"there is no layer {last}; the last is {count - 1}",
+                )
 
 
 def _path(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.nodes import Node, ScalarNode, SequenceNode
 
 from mctk.errors import RecipeError, UserError
 from mctk.hookspecs import STAGES
@@ -126,6 +127,7 @@ class RecipeSource:
             below = at[key] if isinstance(at, list) else at.get(key)
             if not isinstance(below, dict | list):
                 below = at[key] = {}
+                self._flags[path[: depth + 1]] = flag
             at = below
         for known in [known for known in self._lines if known[: len(path)] == path]:
             del self._lines[known]
@@ -135,7 +137,7 @@ class RecipeSource:
         """Returns the recipe with all changes applied, to be read again by `load_recipe`."""
         return yaml.dump(self.data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
-    def _compose(self, file: Path) -> yaml.nodes.Node:
+    def _compose(self, file: Path) -> Node:
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
@@ -152,22 +154,22 @@ class RecipeSource:
             raise RecipeError("is empty", file)
         return node
 
-    def _build(self, node: yaml.nodes.Node, path: KeyPath, above: tuple[yaml.nodes.Node, ...]) -> Any:
+    def _build(self, node: Node, path: KeyPath, above: tuple[Node, ...]) -> Any:
         """Turns a node into plain values; aliases are copied, so that lines stay apart."""
         line = node.start_mark.line + 1
         self._lines.setdefault(path, line)
         if node in above:
             raise RecipeError("an anchor contains itself", self.file, line)
         above = (*above, node)
-        if isinstance(node, yaml.ScalarNode):
+        if isinstance(node, ScalarNode):
             return _scalar(node, self.file)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, SequenceNode):
             return [self._build(item, (*path, i), above) for i, item in enumerate(node.value)]
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, ScalarNode):
                 raise RecipeError("a key must be text", self.file, line)
             here = (*path, key)
             if key in values:
@@ -182,7 +184,7 @@ class RecipeSource:
         return values
 
 
-def _scalar(node: yaml.ScalarNode, file: Path | None) -> Any:
+def _scalar(node: ScalarNode, file: Path | None) -> Any:
     kind = node.tag.rpartition(":")[2]
     if kind == "str":
         return node.value

@@ -72,7 +72,7 @@ def _summary(metrics: Metrics) -> str:
 def _warnings(metrics: Metrics) -> str:
     found = [str(warning) for warning in metrics.get("warnings") or []]
     for layer in metrics.get("layers") or []:
-        found += [f"layer {get(layer, 'layer')}: {w}" for w in get(layer, "warnings") or []]
+        found += [f"layer {text(get(layer, 'layer'))}: {w}" for w in get(layer, "warnings") or []]
     for side in ("original", "compressed"):
         found += [f"{side}: {w}" for w in get(metrics, "evaluation", side, "warnings") or []]
     return "\n".join(f"- {warning}" for warning in dict.fromkeys(found))
@@ -237,7 +237,10 @@ def _gate(metrics: Metrics) -> str:
             "result": _verdict(get(gate, "fresh_process_equal")),
         },
         {"what": "sizes equal the plan", "result": _verdict(get(gate, "sizes_equal"))},
-        {"what": "tensors that differ from the original's", "result": f"{changed} of {total}"},
+        {
+            "what": "tensors that differ from the original's",
+            "result": f"{text(changed)} of {text(total)}",
+        },
     ]
     if get(gate, "max_abs_logit") is not None:
         rows.append({"what": "largest logit", "result": f"{gate['max_abs_logit']:.3g}"})

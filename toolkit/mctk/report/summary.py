@@ -54,65 +54,72 @@ def side_by_side(runs: Sequence[Metrics], labels: Sequence[str] | None = None) -
         One row a model: parameters stored and active, bytes, perplexity of each text set, accuracy
         of each task.
     """
-    texts: dict[str, None] = {}
-    tasks: dict[tuple[str, str], None] = {}
-    rows: list[dict[str, Any]] = []
-    originals: dict[tuple[Any, ...], dict[str, Any]] = {}
-    references: dict[str, tuple[Any, Any]] = {}
-    foreign = False
+    several = len({get(metrics, "model", "name") for metrics in runs}) > 1
+    measured = _Measured()
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # an original and its runs
     for index, metrics in enumerate(runs):
         before = get(metrics, "sizes", "original")
-        evaluation = get(metrics, "evaluation", "original")
         name = get(metrics, "model", "name") or "original"
         key = (name, get(before, "parameters"), get(before, "bytes"))
-        if key not in originals:
-            originals[key] = {"model": name if _several(runs) else "original", "kept": None}
-            originals[key] |= _numbers(before, None)
-            rows.append(originals[key])
+        if key not in groups:
+            groups[key] = [{"model": name if several else "original", **_numbers(before, None)}]
         label = labels[index] if labels else label_of(metrics)
         row = {"model": label, **_numbers(get(metrics, "sizes", "attained"), before)}
-        place = max(i for i, r in enumerate(rows) if r.get("_group", id(r)) == id(originals[key]))
-        row["_group"] = id(originals[key])
-        rows.insert(place + 1, row)
-        for target, result in (
-            (originals[key], evaluation),
-            (row, get(metrics, "evaluation", "compressed")),
-        ):
-            for text, entry in (get(result, "perplexity") or {}).items():
-                texts[text] = None
-                measured = (get(entry, "protocol"), get(entry, "digest"))
-                same = measured == references.setdefault(text, measured)
-                foreign |= not same
-                value = get(entry, "perplexity")
-                shown = value if same or value is None else f"{value:.3f} †"
-                target.setdefault(f"ppl:{text}", shown)
-            for task, entry in (get(result, "tasks") or {}).items():
-                metric = _main_metric(get(entry, "metrics") or {})
-                if metric is None or get(entry, "group") is not None:
-                    continue
-                tasks[task, metric] = None
-                target.setdefault(f"{metric}:{task}", get(entry, "metrics", metric, "value"))
-    for row in rows:
-        row.pop("_group", None)
+        groups[key].append(row)
+        measured.add(groups[key][0], get(metrics, "evaluation", "original"))
+        measured.add(row, get(metrics, "evaluation", "compressed"))
     columns = [
         Column("model", "model", left=True),
         Column("parameters", "parameters", count),
         Column("kept", "kept", percent),
         Column("active_parameters", "active", count),
         Column("bytes", "bytes", size),
-        *(Column(f"ppl:{text}", f"ppl {text} ↓", fixed(3)) for text in texts),
-        *(Column(f"{metric}:{task}", f"{task} {metric} ↑", fixed(4)) for task, metric in tasks),
+        *measured.columns.values(),
     ]
-    protocols = dict.fromkeys(protocol for protocol, _ in references.values() if protocol)
-    notes = [f"ppl: {protocol}." for protocol in protocols]
-    if foreign:
-        notes.append("† Measured on other tokens or by another protocol: not comparable.")
-    return Table(columns, list(rows), notes)
+    return Table(columns, [row for group in groups.values() for row in group], measured.notes())
 
 
-def _several(runs: Sequence[Metrics]) -> bool:
-    """Whether the runs start from more than one model."""
-    return len({get(metrics, "model", "name") for metrics in runs}) > 1
+class _Measured:
+    """Columns of what was measured, and whether the figures of one may be compared.
+
+    Attributes:
+        columns: By key of a row.
+        references: Protocol and digest of the tokens of each text's first perplexity.
+        foreign: Whether a perplexity was measured otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.columns: dict[str, Column] = {}
+        self.references: dict[str, tuple[Any, Any]] = {}
+        self.foreign = False
+
+    def add(self, row: dict[str, Any], result: Any) -> None:
+        """Enters one model's evaluation into its row, unless it has been before."""
+        for text, entry in (get(result, "perplexity") or {}).items():
+            key = f"ppl:{text}"
+            self.columns.setdefault(key, Column(key, f"ppl {text} ↓", fixed(3)))
+            protocol = (get(entry, "protocol"), get(entry, "digest"))
+            same = protocol == self.references.setdefault(text, protocol)
+            value = get(entry, "perplexity")
+            if not same and value is not None:
+                self.foreign = True
+                value = f"{value:.3f} †"
+            row.setdefault(key, value)
+        for task, entry in (get(result, "tasks") or {}).items():
+            metric = _main_metric(get(entry, "metrics") or {})
+            if metric is None or get(entry, "group") is not None:
+                continue
+            key = f"{metric}:{task}"
+            self.columns.setdefault(key, Column(key, f"{task} {metric} ↑", fixed(4)))
+            row.setdefault(key, get(entry, "metrics", metric, "value"))
+
+    def notes(self) -> list[str]:
+        """Sentences below the table."""
+        protocols = dict.fromkeys(name for name, _ in self.references.values() if name)
+        notes = [f"ppl: {name}." for name in protocols]
+        if self.foreign:
+            notes.append("† Measured on other tokens or by another protocol: not comparable.")
+        return notes
 
 
 def _numbers(sizes: Any, original: Any) -> dict[str, Any]:

@@ -179,18 +179,18 @@ class TermExperts(TermModule):
         for name, child in original.named_children():
             self.add_module(name, child)
         self.num_experts = shapes["down"].members
+        down = self.terms("down")
+        self._served = [any(term.has(e) for term in down) for e in range(self.num_experts)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `experts_forward`."""
         banks = {part: self.bank(part) for part in self.shapes}
-        down = banks["down"]
-        served = [any(term.has(e) for term in down.terms) for e in range(self.num_experts)]
         dtype = next((t.dtype for bank in banks.values() for t in bank.terms), hidden_states.dtype)
 
         def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
             h = self._activate(banks, x.to(dtype), number)
-            y = down.apply(h, number)
-            if self.has_post_expert_norm and served[number]:
+            y = banks["down"].apply(h, number)
+            if self.has_post_expert_norm and self._served[number]:
                 y = self.post_expert_norm(y)
             return h, y
 

@@ -10,7 +10,7 @@ How calibration sequences are drawn, so that they stay when a corpus grows:
    document of that length or more stands alone. A bundle's documents are joined by the end-of-text
    token and cut into windows; its tail is dropped.
 3. Every window has a key, a hash of (seed, document it starts in, position there). The windows with
-   the smallest keys are the sequences, in the order of their keys: any prefix is a smaller draw.
+   the smallest keys are the sequences, in the order of their keys: any prefix is as random a draw.
 
 What that guarantees: a document that is added, taken away or changed touches one bundle (two where
 it joins or parts them), and pushes out at most as many other sequences as its bundle brings new
@@ -22,17 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
-
-from mctk.errors import UserError, nearest
+from mctk.data.sources import DATASETS, MixedSource, Source, load_documents
+from mctk.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -41,122 +37,6 @@ POOL = 4
 BUNDLE = 4
 _HASH_RANGE = 1 << 64
 _BATCH_CHARACTERS = 1 << 20  # text given to the tokenizer at once
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    """A dataset that papers use, with their way of joining its rows."""
-
-    path: str
-    name: str | None
-    column: str
-    joiner: str
-    joined: bool  # rows are pieces of one text, not documents
-    files: dict[str, str] | None = None  # by split; only these are read
-    revision: str | None = None
-    evaluation_split: str = "test"
-    evaluation_rows: int | None = None
-    evaluation_windows: int | None = None
-
-
-_DATASETS = {
-    "wikitext2": _Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", True),
-    # The hub's own loading script is no longer supported; its Parquet conversion is the same text.
-    "ptb": _Dataset(
-        "ptb-text-only/ptb_text_only",
-        "penn_treebank",
-        "sentence",
-        " ",
-        True,
-        revision="refs/convert/parquet",
-    ),
-    "c4": _Dataset(
-        "allenai/c4",
-        None,
-        "text",
-        " ",
-        False,
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-        evaluation_split="validation",
-        evaluation_rows=1100,
-        evaluation_windows=256,
-    ),
-}
-
-
-class Source(BaseModel):
-    """Where text comes from: local files, or a named dataset."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    text: list[str] | None = Field(
-        None, min_length=1, description=".txt (a document a file) or .jsonl ({text: ...}) globs"
-    )
-    dataset: Literal["wikitext2", "ptb", "c4"] | None = Field(
-        None, description="a named dataset, loaded with the `datasets` library"
-    )
-    split: str | None = Field(
-        None, description="of a dataset; train to calibrate and test to evaluate by default"
-    )
-
-    _root: Path | None = PrivateAttr(None)
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Source:
-        ways = [way for way in ("text", "dataset", "mix") if way in type(self).model_fields]
-        if sum(getattr(self, way) is not None for way in ways) != 1:
-            raise ValueError(f"give exactly one of {', '.join(ways)}")
-        if self.split is not None and self.dataset is None:
-            raise ValueError("split has no effect without dataset")
-        return self
-
-    def model_post_init(self, context: Any) -> None:
-        """Takes the recipe's directory from the validation context's "root"."""
-        super().model_post_init(context)
-        self._root = (context or {}).get("root")
-
-    @property
-    def label(self) -> str:
-        """A short name: the dataset's, or the files' as written."""
-        return self.dataset or ",".join(Path(pattern).stem for pattern in self.text or ())
-
-    def files(self) -> list[Path]:
-        """Returns the text's files, sorted; a glob is taken beside the recipe if it matches there.
-
-        Raises:
-            UserError: If a glob matches nothing, or something that is neither .txt nor .jsonl.
-        """
-        found: set[Path] = set()
-        for pattern in self.text or ():
-            roots = [Path(), *([self._root] if self._root else [])][::-1]
-            for root in roots:
-                matches = glob(str(root / Path(pattern).expanduser()), recursive=True)
-                matched = {Path(match) for match in matches if Path(match).is_file()}
-                if matched:
-                    break
-            else:
-                what = "no file matches" if has_magic(pattern) else "there is no file"
-                places = " or ".join(str(root.resolve()) for root in roots)
-                raise UserError(f"text: {what} '{pattern}' in {places}")
-            found |= matched
-        for file in sorted(found):
-            if file.suffix not in (".txt", ".jsonl"):
-                raise UserError(f"text: {file} is neither .txt nor .jsonl")
-        return sorted(found)
-
-
-class MixedSource(Source):
-    """One of several sources."""
-
-    weight: float = Field(1.0, gt=0, description="its share of the sequences, against the others'")
 
 
 @dataclass(frozen=True)
@@ -172,28 +52,6 @@ class TokenWindows:
     ids: torch.Tensor
     digest: str
     sources: list[str]
-
-
-def load_documents(source: Source, split: str = "train") -> Iterator[str]:
-    """Yields the documents of a source, blank ones left out, one file or line in memory at a time.
-
-    Args:
-        source: What to read.
-        split: Split of a dataset where the source names none.
-
-    Raises:
-        UserError: For files that are missing or damaged and datasets that cannot be loaded.
-    """
-    if source.dataset is None:
-        for file in source.files():
-            yield from _read(file)
-        return
-    dataset = _DATASETS[source.dataset]
-    rows = (row[dataset.column] for row in _load_dataset(source.dataset, source.split or split))
-    if dataset.joined:
-        yield dataset.joiner.join(rows)
-    else:
-        yield from (row for row in rows if row.strip())
 
 
 def calibration_windows(
@@ -251,7 +109,7 @@ def evaluation_windows(
     joiner, rows = "\n\n", None
     split = "test"
     if source.dataset is not None:
-        dataset = _DATASETS[source.dataset]
+        dataset = DATASETS[source.dataset]
         joiner, rows, split = dataset.joiner, dataset.evaluation_rows, dataset.evaluation_split
         limit = min(filter(None, (limit, dataset.evaluation_windows)), default=None)
     text = joiner.join(islice(load_documents(source, split), rows))
@@ -386,53 +244,3 @@ def _windows(windows: list[list[int]], sources: list[str], length: int) -> Token
     digest = hashlib.sha256(f"{tuple(ids.shape)}\0".encode())
     digest.update(ids.numpy().astype("<i8").tobytes())
     return TokenWindows(ids, digest.hexdigest(), sources)
-
-
-def _read(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            if file.suffix == ".txt":
-                documents: Iterable[str] = [stream.read()]
-            else:
-                documents = _lines(file, stream)
-            yield from (text for text in documents if text.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"text: {file} is not UTF-8: {error.reason}") from error
-    except OSError as error:
-        raise UserError(f"text: {file} cannot be read: {error.strerror}") from error
-
-
-def _lines(file: Path, stream: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"text: {file}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'text: {file}:{number}: not an object with a string "text"')
-        yield row["text"]
-
-
-def _load_dataset(name: str, split: str) -> Iterable[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"dataset {name} needs the datasets library: pip install 'mctk[eval]'; or give text"
-        ) from error
-    dataset = _DATASETS[name]
-    if dataset.files is not None and split not in dataset.files:
-        raise UserError(f"dataset {name} has no split '{split}'{nearest(split, dataset.files)}")
-    files = None if dataset.files is None else {split: dataset.files[split]}
-    try:
-        return datasets.load_dataset(
-            dataset.path, dataset.name, data_files=files, split=split, revision=dataset.revision
-        )
-    except Exception as error:  # the library raises many kinds: offline, no split, a full disk
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"dataset {name} (split {split}) cannot be loaded: {reason}; it needs the network once "
-            "(HF_HUB_OFFLINE forbids it), or give local text"
-        ) from error

@@ -1,0 +1,66 @@
+# make demo   compress the model that the project ships and print what became of it
+# make test   lint and the test suite, as CI runs them;  make test-slow adds the slow tests
+# make lint, make format, make hooks, make clean
+#
+# The first target that needs one makes a virtual environment in $(VENV) with the versions of
+# constraints.txt, and refreshes it when pyproject.toml or constraints.txt change.
+# Another interpreter: make demo PYTHON=python3.12. An environment of your own: make test VENV=path
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+# Plain lines are enough for a log, and a version check on every call is noise.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
+
+.PHONY: demo test test-slow lint format hooks clean
+.DELETE_ON_ERROR:
+
+# One stamp per set of extras. It is written last, so a set-up that was interrupted is taken up
+# again; an environment left without pip by such an interruption is made anew.
+# torch comes first and by itself: under the constraint pip takes the build that the machine's
+# package index offers for it (a CPU one where there is one) and later requirements find it there.
+define install
+@echo "Installing mctk[$(1)] into $(VENV) (a few minutes the first time)"
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+@$(PIP) -c constraints.txt torch
+@$(PIP) -c constraints.txt -e ".[$(1)]"
+@touch $@
+endef
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(call install,eval)
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(call install,test$(comma)dev)
+
+comma := ,
+
+# Original and compressed at 20, 40 and 60 % removed, side by side.
+demo: $(VENV)/.demo
+	@set -e; for method in svd svdllm; do for remove in 0.2 0.4 0.6; do \
+		$(BIN)/mctk run recipes/$${method}_demo.yaml --set budget.remove=$$remove \
+			--output runs/demo/$$method-$$remove; \
+	done; done
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-slow: lint
+	$(BIN)/python -m pytest -q --slow
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+hooks: $(VENV)/.test
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo
+	find toolkit plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

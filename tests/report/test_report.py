@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+
+import pytest
+import yaml
+from example_metrics import metrics, perplexity
+from mctk.report import render_card, render_report, render_summary, side_by_side
+from mctk.report.card import hub_id
+
+RENDERERS = [render_report, render_card, render_summary, lambda m: side_by_side([m]).markdown()]
+
+
+def row(markdown: str, start: str) -> list[str]:
+    """The cells of the first table row that starts so."""
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_report_says_it_all():
+    text = render_report(metrics())
+    assert text.startswith("# owner/tiny-moe, compressed\n")
+    assert row(text, "stored parameters")[1:] == ["11.0 M", "7.00 M", "63.6 %"]
+    assert row(text, "docs")[1:4] == ["4.000", "5.000", "1.250"]
+    assert row(text, "docs")[4] == "+0.2231 [+0.2000, +0.2500]"
+    assert row(text, "arc")[4:] == ["0.6000 ± 0.0100", "0.5000 ± 0.0100 ‡", "0.2500", "2376"]
+    assert "same choice for every document" in text
+    assert "- few tokens | in all\n- layer 0: expert 1 saw no token" in text
+    assert "allowed 7,010,000, attained 7,000,000, unused 0.09 %" in text
+    assert "| 100, 0, 50, 7" in text
+    assert "| `from_pretrained` in a fresh process gives the same bits" in text
+    assert row(text, "sizes equal the plan")[1] == "NO"
+    assert row(text, "tensors that differ")[1] == "12 of 40"
+    assert "3 min 20 s" in text and "1.23 GB" in text
+    assert "```yaml\nmodel: owner/tiny-moe\n```" in text
+    assert "```bash\nmctk run recipes/small.yaml\n```" in text
+    trace = [line for line in text.splitlines() if "experts.down |" in line and "0.0300" in line]
+    assert len(trace) == 2 and "—" in trace[0]
+
+
+def test_prediction_stands_beside_measurement():
+    changed = metrics()
+    changed["sizes"]["planned"]["parameters"] += 1000
+    text = render_report(changed)
+    assert row(text[text.index("## Size") :], "stored parameters")[1:] == [
+        "11,000,000",
+        "7,001,000",
+        "7,000,000",
+        "-1,000",
+    ]
+    assert row(text[text.index("## Size") :], "bytes")[-1] == "equal"
+
+
+def test_a_long_table_is_folded():
+    long = metrics()
+    long["layers"] *= 20
+    assert "<details><summary>80 rows</summary>\n\n| layer" in render_report(long)
+
+
+def every_key(value, path=()):
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield (*path, key)
+            yield from every_key(below, (*path, key))
+    elif isinstance(value, list) and path[-1] in ("layers", "trace"):
+        yield from every_key(value[0], (*path, 0))
+
+
+@pytest.mark.parametrize("path", list(every_key(metrics())), ids=lambda p: ".".join(map(str, p)))
+def test_any_key_may_be_null_or_absent(path):
+    for remove in (False, True):
+        damaged = copy.deepcopy(metrics())
+        at = damaged
+        for key in path[:-1]:
+            at = at[key]
+        if remove:
+            del at[path[-1]]
+        else:
+            at[path[-1]] = None
+        for render in RENDERERS:
+            assert "None" not in render(damaged)
+
+
+def test_nothing_at_all_is_tolerated():
+    for render in RENDERERS:
+        assert render({})
+        assert render({"layers": [], "evaluation": {}, "sizes": {}, "warnings": []})
+
+
+def test_the_card_has_front_matter_and_says_how_to_load():
+    text = render_card(metrics())
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "owner/tiny-moe",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mctk", "moe", "compressed"],
+        "license": "apache-2.0",
+    }
+    assert "pip install mctk" in body and "import mctk " in body
+    assert "with decompose svdllm. Nothing was trained" in body
+    assert "mctk 0.1.0, torch 2.13" in body
+
+
+def test_a_card_names_a_base_model_only_if_the_hub_has_it():
+    local = metrics()
+    local["model"] |= {"name": "recipes/demo", "path": "/home/me/recipes/demo"}
+    assert hub_id(local) is None
+    assert "base_model" not in render_card(local)
+    local["model"] |= {"name": "./model", "path": None}
+    assert hub_id(local) is None
+
+
+def test_code_is_fenced_whatever_it_holds():
+    odd = metrics()
+    odd["recipe_text"] = "# ``` \nmodel: x"
+    assert "````yaml\n# ``` \nmodel: x\n````" in render_report(odd)
+
+
+def test_the_summary_is_short():
+    text = render_summary(metrics(), "runs/small")
+    assert text.startswith("svdllm, remove 40 % of experts\n")
+    assert text.endswith(
+        "took 3 min 20 s; peak memory 1.23 GB; 1 warning, see report.md; in runs/small"
+    )
+    assert len(text.splitlines()) < 25
+
+
+def test_runs_stand_below_their_original():
+    runs = [metrics(8_000_000, "a"), metrics(6_000_000, "b")]
+    table = side_by_side(runs)
+    assert [r["model"] for r in table.rows] == ["original", "svdllm, a", "svdllm, b"]
+    assert [r["ppl:docs"] for r in table.rows] == [4.0, 5.0, 5.0]
+    assert [r["acc:arc"] for r in table.rows] == [0.6, 0.5, 0.5]
+    assert row(table.markdown(), "svdllm, b")[1:5] == ["6.00 M", "54.5 %", "2.50 M", "12.0 MB"]
+    assert table.notes == ["ppl: token_ppl/v1 window=512 stride=512."]
+    assert json.loads(table.json())[2]["parameters"] == 6_000_000
+    header, first, *_ = csv.reader(io.StringIO(table.csv()))
+    assert header[:2] == ["model", "parameters"] and first[:3] == ["original", "11000000", ""]
+
+
+def test_two_originals_and_labels():
+    other = metrics(5_000_000, "c")
+    other["model"] = {"name": "b/other"}
+    other["sizes"]["original"] = {"parameters": 9_000_000}
+    table = side_by_side([metrics(), other, metrics(6_000_000, "b")], labels=["x", "y", "z"])
+    assert [r["model"] for r in table.rows] == ["owner/tiny-moe", "x", "z", "b/other", "y"]
+
+
+def test_perplexities_on_other_tokens_are_marked():
+    other = metrics()
+    other["evaluation"]["compressed"]["perplexity"]["docs"] = perplexity(6.0, "d2")
+    table = side_by_side([metrics(), other])
+    assert [r["ppl:docs"] for r in table.rows] == [4.0, 5.0, "6.000 †"]
+    assert "not comparable" in table.notes[-1]

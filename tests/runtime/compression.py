@@ -1,0 +1,169 @@
+"""Compresses tiny models in memory with random terms of every kind, for the tests of the runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from mctk.runtime import TermExperts, TermLinear, TermModule, checkpoint_config, swap
+from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse, Term
+from torch import nn
+
+
+def split(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """The weights [E, out, in] and biases [E, out] of an original experts module by part."""
+
+    def read(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = getattr(module, name).detach()
+        bias = getattr(module, name + "_bias").detach() if module.has_bias else None
+        return weight.transpose(1, 2) if module.is_transposed else weight, bias
+
+    down = read("down_proj")
+    if not module.has_gate:
+        return {"up": read("up_proj"), "down": down}
+    weight, bias = read("gate_up_proj")
+    half = weight.shape[1] // 2
+    rows = [slice(0, half), slice(half, None)] if module.is_concatenated else [
+        slice(0, None, 2),
+        slice(1, None, 2),
+    ]  # fmt: skip
+    gate, up = ((weight[:, r], None if bias is None else bias[:, r]) for r in rows)
+    return {"gate": gate, "up": up, "down": down}
+
+
+def exact_terms(module: nn.Module) -> dict[str, list[Term]]:
+    """An experts module (or a linear layer, as "linear") as one `Dense` and `Bias` a bank."""
+    if isinstance(module, nn.Linear):
+        bias = None if module.bias is None else module.bias.detach()[None]
+        parts = {"linear": (module.weight.detach()[None], bias)}
+    else:
+        parts = split(module)
+    terms: dict[str, list[Term]] = {}
+    for part, (weight, bias) in parts.items():
+        shape = BankShape(*weight.shape)
+        members = range(shape.members)
+        terms[part] = [Dense(shape, members, weight.contiguous())]
+        if bias is not None:
+            terms[part].append(Bias(shape, members, bias.contiguous()))
+    return terms
+
+
+def random_terms(exact: dict[str, list[Term]], seed: int) -> dict[str, list[Term]]:
+    """Terms of every kind and storage in place of exact ones; ranks depend on the seed.
+
+    Even seeds: a shared, pruned base and low-rank deltas. Odd seeds: merged experts, one expert
+    replaced by its mean output, one dropped, sparse residuals. Biases stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    terms: dict[str, list[Term]] = {}
+    for part, (dense, *biases) in exact.items():
+        shape = dense.shape
+        members, out, into = shape.members, shape.out_features, shape.in_features
+        every = list(range(members))
+        rank = 3 + seed % 4
+        if seed % 2 == 0:
+            kept = out // 2
+            rows = torch.randperm(out, generator=generator)[:kept].sort().values.int()
+            cols = torch.randperm(into, generator=generator)[: into // 2].sort().values.int()
+            base = Dense(shape, [0] * members, noise(1, kept, into // 2), rows=rows, cols=cols)
+            if part == "gate":  # V shared
+                delta = LowRank(shape, every, [0] * members, U=noise(members, out, rank),
+                                V=noise(1, rank, into)).pivot()  # fmt: skip
+            else:
+                delta = LowRank(shape, every, every, U=noise(members, out, rank),
+                                V=noise(members, rank, into))  # fmt: skip
+                delta = delta.pivot() if part == "down" else delta
+            terms[part] = [base, delta, *biases]
+        else:
+            slots: list[int | None] = [e // 2 for e in every]
+            slots[-1] = None
+            merged = Dense(shape, slots, noise((members + 1) // 2, out, into))
+            positions = torch.stack(
+                [torch.randperm(out * into, generator=generator)[:9] for _ in every]
+            ).int()
+            sparse = Sparse(shape, slots if part == "down" else every,
+                            noise(members, 9), positions)  # fmt: skip
+            terms[part] = [merged, sparse, *biases]
+            if members > 1 and part == "down":
+                # The last expert is dropped, the one before is a constant.
+                slots[-2] = None
+                merged = Dense(shape, slots, noise((members + 1) // 2, out, into))
+                constant = [0 if e == members - 2 else None for e in every]
+                terms[part] = [merged, Bias(shape, constant, noise(1, out))]
+    return terms
+
+
+def compressible(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model, and one attention projection of every layer, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if hasattr(module, "is_transposed") or path.endswith("o_proj")
+    }
+
+
+def compress(model: nn.Module, chosen: dict[str, dict[str, list[Term]]]) -> dict[str, dict]:
+    """Swaps modules for modules of the given terms; returns the description that `swap` took."""
+    described = {}
+    for path, terms in chosen.items():
+        specs = {part: [term.spec() for term in bank] for part, bank in terms.items()}
+        linear = "linear" in specs
+        described[path] = {
+            "type": "linear" if linear else "experts",
+            "terms": specs["linear"] if linear else specs,
+        }
+    described = json.loads(json.dumps(described))
+    swap(model, described)
+    for path, terms in chosen.items():
+        module = model.get_submodule(path)
+        assert isinstance(module, TermModule)
+        for part, bank in terms.items():
+            module.set_terms(part, bank)
+    return described
+
+
+def compress_mixed(model: nn.Module) -> dict[str, dict]:
+    """Compresses all but the last of the modules in question, with terms of every kind."""
+    paths = list(compressible(model).items())
+    chosen = {
+        path: random_terms(exact_terms(module), seed) for seed, (path, module) in enumerate(paths)
+    }
+    if len(chosen) > 2:
+        del chosen[paths[-1][0]]
+    return compress(model, chosen)
+
+
+def materialise(model: nn.Module, original: nn.Module) -> None:
+    """Multiplies a compressed model's terms out into the original's modules.
+
+    An expert without any term of down gets zeros, which is what dropping it means without a norm.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, (TermExperts, TermLinear)):
+            continue
+        target = original.get_submodule(path)
+        slots = {"linear": (target.weight[None], None if target.bias is None else target.bias[None])
+                 } if isinstance(target, nn.Linear) else split(target)  # fmt: skip
+        for part, (weight, bias) in slots.items():
+            bank = module.bank(part)
+            for member in range(bank.shape.members):
+                own_weight, own_bias = bank.materialise(member)
+                with torch.no_grad():
+                    weight[member] = 0.0 if own_weight is None else own_weight
+                    if bias is not None:
+                        bias[member] = 0.0 if own_bias is None else own_bias
+                    else:
+                        assert own_bias is None
+
+
+def write(model: nn.Module, described: dict, directory: Path) -> None:
+    """Writes a checkpoint as `mctk run` does: the source's config.json with our keys added."""
+    model.save_pretrained(directory)
+    path = directory / "config.json"
+    config = checkpoint_config(json.loads(path.read_text()), described)
+    path.write_text(json.dumps(config, indent=2))

@@ -1,0 +1,46 @@
+"""`mctk report`: finished runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mctk.errors import UserError
+
+
+@click.command(epilog="Example:\n\n  mctk report runs/* --format csv")
+@click.argument("directories", nargs=-1, required=True, metavar="DIR...")
+@click.option(
+    "--format",
+    "form",
+    default="md",
+    show_default=True,
+    type=click.Choice(["md", "json", "csv"]),
+    help="Markdown rounds; JSON and CSV have every digit.",
+)
+def command(directories: tuple[str, ...], form: str) -> None:
+    """Print finished runs, DIR..., in one table below the model that they started from.
+
+    Columns: parameters stored and active, bytes, perplexity of each text, accuracy of each task.
+    Each run's own report.md says more.
+    """
+    from mctk.report import side_by_side
+
+    table = side_by_side([_metrics(Path(directory)) for directory in directories])
+    click.echo({"md": table.markdown, "json": table.json, "csv": table.csv}[form]())
+
+
+def _metrics(directory: Path) -> dict[str, Any]:
+    file = directory / "metrics.json" if directory.is_dir() else directory
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{directory}: no metrics.json; is it a finished run?") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(metrics, dict):
+        raise UserError(f"{file}: is no JSON object")
+    return metrics

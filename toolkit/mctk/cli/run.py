@@ -1,0 +1,83 @@
+"""`mctk run`: a recipe in, a checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+EPILOG = """\b
+Examples:
+  mctk run recipes/svdllm_demo.yaml
+  mctk run recipes/svdllm_demo.yaml --set budget.remove=0.6 --output runs/svdllm_60
+  mctk run my.yaml --model mistralai/Mixtral-8x7B-v0.1 --device cuda:0
+
+The output directory is a model directory: `import mctk`, then
+AutoModelForCausalLM.from_pretrained(DIR). It also holds report.md, metrics.json, run.log, the
+recipe and a model card. A run that was stopped goes on when the same command is given again."""
+
+
+def recipe_options(command: Any) -> Any:
+    """Options that take the place of a recipe's keys; `run` and `plan` share them."""
+    options = [
+        click.argument("recipe", type=click.Path()),
+        click.option("--model", help="Model directory or hub name, in the recipe's place."),
+        click.option("-o", "--output", help="Directory to write (default: runs/<recipe>)."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a key of the recipe, e.g. budget.remove=0.6 or steps.0.options.storage="
+            "plain. May be given again.",
+        ),
+        click.option("--device", help="auto, cpu, cuda, cuda:1 ... (default: auto)."),
+        click.option(
+            "--dtype", help="Compute in auto, float32, bfloat16 or float16 (auto: the checkpoint's)."
+        ),
+        click.option("--storage-dtype", help="Write new tensors in this dtype (auto: the same)."),
+        click.option("--seed", type=int, help="Salt of everything that is drawn."),
+        click.option(
+            "--trust-remote-code/--no-trust-remote-code",
+            default=None,
+            help="DANGEROUS: run Python code that the model directory carries.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=EPILOG)
+@recipe_options
+@click.option(
+    "--cache", help="Statistics cache (default: $MCTK_CACHE, or mctk in your cache directory)."
+)
+@click.option("--quiet", is_flag=True, help="No progress; the summary is still printed.")
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the summary.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    cache: str | None,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Compress a model as RECIPE says, check the result, evaluate it and report."""
+    from mctk.engine import Reporter, run
+    from mctk.recipe import load_recipe
+    from mctk.registry import load_plugins
+    from mctk.report import render_summary
+
+    registry = load_plugins()
+    loaded = load_recipe(recipe, overrides=list(overrides), registry=registry, **flags)
+    reporter = Reporter(quiet=quiet)
+    [metrics] = run(
+        [loaded], registry, cache=cache, reporter=reporter, command=["mctk", *sys.argv[1:]]
+    )
+    if as_json:
+        click.echo(json.dumps(metrics, indent=2))
+    else:
+        click.echo(render_summary(metrics, str(loaded.output)))

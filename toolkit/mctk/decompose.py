@@ -1,0 +1,195 @@
+"""What methods that decompose a bank into low-rank factors share: options, sizes, the new terms.
+
+Such a method computes one truncatable decomposition per stored matrix (`mctk.linalg.MetricSVD`);
+the rest is here. Torch is imported inside the functions: a recipe is read without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from mctk.errors import UserError
+from mctk.hookspecs import MethodOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mctk.linalg import MetricSVD
+    from mctk.terms import Bank, BankShape, Dense, Term
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class LowRankOptions(MethodOptions):
+    """Options of every low-rank method."""
+
+    storage: Literal["plain", "pivoted"] = Field(
+        default="plain",
+        description="plain: both factors in full, as in the papers; pivoted: the same product with "
+        "rank² fewer numbers, so a higher rank at the same size",
+    )
+    balance: bool = Field(
+        default=False,
+        description="give both factors the square root of the singular values, so that rounding "
+        "hurts them alike; plain storage only",
+    )
+    rank_multiple: int = Field(
+        default=8,
+        ge=1,
+        description="automatic ranks are multiples of it (fast kernels want 8 in bfloat16)",
+    )
+
+    @model_validator(mode="after")
+    def _balance_needs_plain(self) -> LowRankOptions:
+        if self.balance and self.storage == "pivoted":
+            raise ValueError("balance has no effect in pivoted storage: set storage to plain")
+        return self
+
+
+def sizes(shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
+    """Returns the ranks that are smaller than dense, DENSE last, and the parameters of each."""
+    from mctk.terms import rank_settings
+
+    ranks, costs = rank_settings(
+        shape, shape.members, shape.members, options.rank_multiple, options.storage
+    )
+    return list(ranks), list(costs)
+
+
+def layout(shape: BankShape, size: int | None, options: LowRankOptions) -> list[Term]:
+    """Returns the low-rank term of rank `size`, factors for every member, on the meta device."""
+    import torch
+
+    from mctk.terms import LowRank
+
+    if size is None:
+        raise ValueError("a low-rank term has no layout without its rank")
+    slots = range(shape.members)
+    out, columns = shape.out_features, shape.in_features
+
+    def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape.members, *sizes, dtype=dtype, device="meta")
+
+    right = meta(size, columns)
+    if options.storage == "plain":
+        return [LowRank(shape, slots, slots, U=meta(out, size), V=right)]
+    pivots = meta(size, dtype=torch.int32)
+    return [LowRank(shape, slots, slots, C=meta(out - size, size), pivots=pivots, V=right)]
+
+
+def matrices(bank: Bank) -> Dense:
+    """Returns the term of a bank whose matrices are to be decomposed.
+
+    That is the `Dense` term with most slots: the experts' own matrices, or what merging them left.
+    A base that all members share, and biases, stay as they are.
+
+    Raises:
+        UserError: There is none, or it covers only some rows or columns.
+    """
+    from mctk.terms import Dense
+
+    dense = [term for term in bank.terms if isinstance(term, Dense)]
+    if not dense:
+        kinds = ", ".join(term.kind for term in bank.terms) or "no terms"
+        raise UserError(
+            f"{bank.name} of layer {bank.layer} holds no full matrices to decompose ({kinds}): "
+            "each bank can be decomposed once"
+        )
+    most = max(dense, key=lambda term: term.weight.shape[0])
+    if most.rows is not None or most.cols is not None:
+        raise UserError(
+            f"{bank.name} of layer {bank.layer} was pruned to some of its channels before: "
+            "decompose first, then prune"
+        )
+    return most
+
+
+def members_of_slots(term: Dense) -> list[list[int]]:
+    """Returns for every slot of a term the members that use it."""
+    groups: list[list[int]] = [[] for _ in range(term.weight.shape[0])]
+    for member, slot in enumerate(term.slots):
+        if slot is not None:
+            groups[slot].append(member)
+    return groups
+
+
+def tail_errors(spectrum: Tensor, settings: Sequence[int]) -> list[float]:
+    """Returns what is lost at each setting: the sum of the dropped squared singular values.
+
+    Args:
+        spectrum: Squared singular values, descending, ``[n]``.
+        settings: Ranks; DENSE loses nothing.
+    """
+    from mctk.terms import DENSE
+
+    # Summed from the small end, so that small tails keep their digits and no tail exceeds a longer.
+    tails = [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    return [0.0 if rank == DENSE else tails[min(rank, len(tails) - 1)] for rank in settings]
+
+
+def name_errors(bank: Bank, parts: Iterable[T]) -> Iterator[T]:
+    """Yields what `parts` yields, one for each slot; bad numbers become an error with their place.
+
+    Raises:
+        UserError: A decomposition refused a matrix or its moment, say for NaN.
+    """
+    slot = 0
+    try:
+        for part in parts:
+            yield part
+            slot += 1
+    except ValueError as error:
+        raise UserError(f"{bank.name} of layer {bank.layer}, matrix {slot}: {error}") from error
+
+
+def replace(
+    bank: Bank, dense: Dense, parts: Iterable[MetricSVD], size: int | None, options: LowRankOptions
+) -> list[Term]:
+    """Returns the bank's terms with one of them truncated to rank `size`.
+
+    Args:
+        bank: The bank.
+        dense: Its term to replace, as `matrices` found it.
+        parts: A decomposition for each slot of it; consumed one by one.
+        size: The rank, or DENSE for no change.
+        options: How the factors are stored.
+
+    Raises:
+        UserError: No such rank exists.
+    """
+    import torch
+
+    from mctk.terms import DENSE, LowRank
+
+    if size == DENSE:
+        return list(bank.terms)
+    full = min(bank.shape.out_features, bank.shape.in_features)
+    if size is None or not 1 <= size <= full:
+        raise UserError(
+            f"{bank.name} of layer {bank.layer}: rank {size} is not between 1 and {full}"
+        )
+    factors = [part.factors(size, balance=options.balance) for part in name_errors(bank, parts)]
+    term = LowRank(
+        bank.shape,
+        dense.slots,
+        dense.slots,
+        U=torch.stack([u for u, _ in factors]),
+        V=torch.stack([v for _, v in factors]),
+    )
+    if options.storage == "pivoted":
+        term = term.pivot()
+    if term.parameters() > dense.parameters():
+        log.warning(
+            "%s of layer %d: rank %d stores more than the matrices that it replaces (%d, not %d)",
+            bank.name,
+            bank.layer,
+            size,
+            term.parameters(),
+            dense.parameters(),
+        )
+    return [term if other is dense else other for other in bank.terms]
