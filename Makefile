@@ -11,7 +11,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 # Plain lines are enough for a log, and a version check on every call is noise.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile -q
 
 .PHONY: demo test test-slow lint format hooks clean
 .DELETE_ON_ERROR:

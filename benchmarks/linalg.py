@@ -12,7 +12,8 @@ The others are
   the factor's inverse.
 
 Within one run all of them take turns, and a ratio is taken in each round: times on a shared
-machine drift, ratios hardly do. Printed are medians [smallest-largest]. All get the same float32
+machine drift, ratios hardly do. With one thread the time is the processor's, which other jobs
+disturb less than the wall clock's. Printed are medians [smallest-largest]. All get the same float32
 moment; on the wide shape a second row has `metric_svd` on the outputs' moment, as it is when the
 engine has collected that. *Excess* is the loss over the optimum, ``loss / optimum - 1``, both
 from the tokens in float64; factors are in float32, before rounding to a storage dtype. Two kinds
@@ -73,14 +74,15 @@ def in_turns(candidates: dict[str, Callable[[], Factors]], repeats: int) -> dict
 
     Rounds alternate the order, so that nobody always runs on a cache that another has warmed.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     next(iter(candidates.values()))()
     for turn in range(repeats):
         names = list(candidates) if turn % 2 == 0 else list(candidates)[::-1]
         for name in names:
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Mixtral on disk with a tokenizer of its own: enough for everything that evaluates."""
+"""A tiny random Mixtral on disk with a tokenizer of its own: all that an evaluation needs."""
 
 from __future__ import annotations
 

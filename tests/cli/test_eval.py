@@ -60,7 +60,7 @@ def test_json_streamed_quiet(capsys, models, text):
 def test_tasks_of_ones_own(capsys, models, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(TASKS.parents[2])
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     code, out, err = run(
         capsys, models[0], "--tasks", "mctk_after", "--task-path", str(TASKS), "--device", "cpu",
         "--quiet",

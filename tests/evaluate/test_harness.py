@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import tiny
 from mctk.errors import UserError
-from mctk.evaluate.harness import _guessing, match_tasks, run_tasks
+from mctk.evaluate.harness import _guessing, load_tasks, match_tasks, run_tasks
 from tiny_checkpoint import tokenizer
 
 pytest.importorskip("lm_eval")
@@ -19,7 +19,7 @@ TASKS = ROOT / "tests" / "fixtures" / "tasks"
 def from_root(monkeypatch, tmp_path):
     """The task's file names its data from the repository's root."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
 
 
 def by_hand(model, documents) -> float:
@@ -41,7 +41,7 @@ def test_a_local_task_runs_offline_and_agrees_with_a_computation_by_hand(from_ro
 
     lines = (TASKS / "after.jsonl").read_text().splitlines()
     model = tiny("mixtral")
-    result = run_tasks(model, tokenizer(), ["mctk_after"], task_path=[TASKS], batch_size=4)
+    result = run_tasks(model, tokenizer(), load_tasks(["mctk_after"], [TASKS]), batch_size=4)
     entry = result["mctk_after"]
     expected = by_hand(model, [json.loads(line) for line in lines])
     assert entry["metrics"]["acc"]["value"] == pytest.approx(expected)
@@ -52,9 +52,8 @@ def test_a_local_task_runs_offline_and_agrees_with_a_computation_by_hand(from_ro
     assert entry["constant"] is False and entry["group"] is None
     json.dumps(result)
 
-    few = run_tasks(
-        model, tokenizer(), ["mctk_*"], task_path=[TASKS], limit=3, num_fewshot=1, batch_size=4
-    )["mctk_after"]
+    loaded = load_tasks(["mctk_*"], [TASKS])
+    few = run_tasks(model, tokenizer(), loaded, limit=3, num_fewshot=1)["mctk_after"]
     assert (few["samples"], few["n_shot"]) == (3, 1)
 
 
@@ -73,11 +72,11 @@ def test_unknown_tasks_are_named_with_their_nearest():
 
 def test_a_missing_directory_and_missing_data_are_user_errors(from_root, tmp_path):
     with pytest.raises(UserError, match="no directory"):
-        run_tasks(None, None, ["mctk_after"], task_path=[tmp_path / "none"])
+        load_tasks(["mctk_after"], [tmp_path / "none"])
     text = (TASKS / "after.yaml").read_text().replace("after.jsonl", "gone.jsonl")
     (tmp_path / "gone.yaml").write_text(text)
     with pytest.raises(UserError, match="tasks mctk_after: cannot be loaded"):
-        run_tasks(None, None, ["mctk_after"], task_path=[tmp_path])
+        load_tasks(["mctk_after"], [tmp_path])
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
@@ -86,7 +85,7 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
     with pytest.raises(UserError, match="pip install"):
-        run_tasks(None, None, ["any"])
+        load_tasks(["any"])
 
 
 def test_a_model_that_always_gives_one_choice_is_found_out():

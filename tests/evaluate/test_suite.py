@@ -59,7 +59,7 @@ def test_auto_streams_what_does_not_fit_and_says_so(model, section, monkeypatch)
 def test_tasks_run_on_the_loaded_model(model, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(TASKS.parents[2])
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     section = Evaluate(tasks=["mctk_after"], limit=4)
     result = evaluate_model(model, section, device="cpu", task_path=[TASKS], batch_size=2)
     assert result["tasks"]["mctk_after"]["samples"] == 4

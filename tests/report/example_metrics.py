@@ -116,7 +116,7 @@ def metrics(kept: int = 7_000_000, budget: str = "remove 40 % of experts") -> di
             "paired": {"docs": {"delta_log_ppl": 0.2231, "low": 0.2, "high": 0.25}},
         },
         "statistics": {"cache_hits": 3, "cache_misses": 5, "sweeps": 2},
-        "seconds": {"total": 200.4, "by phase": {"sweep": 150.0, "gate": 5.0}},
+        "seconds": {"sweep": 150.0, "gate": 5.0, "total": 200.4},
         "peak_memory_bytes": 1_230_000_000,
         "warnings": ["few tokens | in all"],
     }

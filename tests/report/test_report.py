@@ -125,7 +125,7 @@ def test_the_summary_is_short():
     text = render_summary(metrics(), "runs/small")
     assert text.startswith("svdllm, remove 40 % of experts\n")
     assert text.endswith(
-        "took 3 min 20 s; peak memory 1.23 GB; 1 warning, see report.md; in runs/small"
+        "took 3 min 20 s; peak memory 1.23 GB; 2 warnings, see report.md; in runs/small"
     )
     assert len(text.splitlines()) < 25
 

@@ -1,4 +1,4 @@
-"""Compresses tiny models in memory with random terms of every kind, for the tests of the runtime."""
+"""Compresses tiny models in memory with random terms of every kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from mctk.runtime import TermExperts, TermLinear, TermModule, checkpoint_config, swap
+from mctk.runtime import TermModule, checkpoint_config, swap
 from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse, Term
 from torch import nn
 
@@ -129,36 +129,39 @@ def compress(model: nn.Module, chosen: dict[str, dict[str, list[Term]]]) -> dict
 
 def compress_mixed(model: nn.Module) -> dict[str, dict]:
     """Compresses all but the last of the modules in question, with terms of every kind."""
-    paths = list(compressible(model).items())
-    chosen = {
-        path: random_terms(exact_terms(module), seed) for seed, (path, module) in enumerate(paths)
-    }
-    if len(chosen) > 2:
-        del chosen[paths[-1][0]]
+    chosen: dict[str, dict[str, list[Term]]] = {}
+    count = {True: 0, False: 0}
+    for path, module in list(compressible(model).items())[:-1]:
+        linear = isinstance(module, nn.Linear)
+        chosen[path] = random_terms(exact_terms(module), seed=count[linear])
+        count[linear] += 1
     return compress(model, chosen)
 
 
-def materialise(model: nn.Module, original: nn.Module) -> None:
-    """Multiplies a compressed model's terms out into the original's modules.
+def by_hand(
+    compressed: TermModule, original: nn.Module, x: torch.Tensor, *routing: torch.Tensor
+) -> torch.Tensor:
+    """What a module of terms must give for ``x [T, H]``: token by token, from whole matrices."""
 
-    An expert without any term of down gets zeros, which is what dropping it means without a norm.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, (TermExperts, TermLinear)):
-            continue
-        target = original.get_submodule(path)
-        slots = {"linear": (target.weight[None], None if target.bias is None else target.bias[None])
-                 } if isinstance(target, nn.Linear) else split(target)  # fmt: skip
-        for part, (weight, bias) in slots.items():
-            bank = module.bank(part)
-            for member in range(bank.shape.members):
-                own_weight, own_bias = bank.materialise(member)
-                with torch.no_grad():
-                    weight[member] = 0.0 if own_weight is None else own_weight
-                    if bias is not None:
-                        bias[member] = 0.0 if own_bias is None else own_bias
-                    else:
-                        assert own_bias is None
+    def multiply(part: str, member: int, row: torch.Tensor) -> torch.Tensor:
+        bank = compressed.bank(part)
+        weight, bias = bank.materialise(member)
+        out = row.new_zeros(bank.shape.out_features) if weight is None else weight @ row
+        return out if bias is None else out + bias
+
+    if isinstance(original, nn.Linear):
+        return torch.stack([multiply("linear", 0, row) for row in x])
+    index, weights = routing
+    total = torch.zeros_like(x)
+    for token, row in enumerate(x):
+        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
+            up = multiply("up", expert, row)
+            gate = multiply("gate", expert, row)
+            halves = torch.cat if original.is_concatenated else torch.stack
+            fused = halves([gate, up], dim=-1).flatten()
+            h = original._apply_gate(fused[None])[0]
+            total[token] += weight * multiply("down", expert, h)
+    return total
 
 
 def write(model: nn.Module, described: dict, directory: Path) -> None:

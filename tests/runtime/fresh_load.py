@@ -28,7 +28,7 @@ def logits(model):
     In a mapped file tensors lie at any offset, and matrix products round by the alignment.
     """
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is not None and not parameter.is_meta:
                 parameter.data = parameter.data.clone()
         for name, buffer in module._buffers.items():
@@ -108,7 +108,8 @@ def check_placed(directory, device_map):
 def check_offloaded(directory):
     """Layers on disk are read when they run; saving reads them too."""
     expected = torch.load(directory / "expected.pt")
-    places = {"model.layers": "disk", "model": "cpu", "lm_head": "cpu"}
+    places = {f"model.{part}": "cpu" for part in ("embed_tokens", "rotary_emb", "norm")}
+    places |= {"model.layers": "disk", "lm_head": "cpu"}
     folder = directory.parent / f"{directory.name}-offload"
     model = load(directory, device_map=places, offload_folder=folder)
     parameters = [p for n, p in model.named_parameters() if "terms_" in n]

@@ -73,7 +73,7 @@ def test_missing_tensor_is_an_error(checkpoints, tmp_path):
     lost = next(name for name in sorted(tensors) if "experts.terms_down_0" in name)
     del tensors[lost]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="holds no tensor .*mlp.experts.terms_down_0_weight"):
+    with pytest.raises(CheckpointError, match=r"no tensor .*experts\.terms_down_0_weight"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -90,7 +90,7 @@ def test_index_out_of_range_is_an_error(checkpoints, tmp_path):
 def test_newer_format_is_refused(checkpoints, tmp_path):
     directory = copy(checkpoints, tmp_path / "model")
     edit(directory, lambda config: config["quantization_config"].update(format_version=2))
-    with pytest.raises(CheckpointError, match="format version 2.*install a newer mctk"):
+    with pytest.raises(CheckpointError, match=r"format version 2.*install a newer mctk"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -144,7 +144,7 @@ def test_config_keeps_every_key_of_the_source():
 
 
 def test_unknown_key_of_the_config_is_named():
-    with pytest.raises(CheckpointError, match="unknown key 'module' .did you mean 'modules'"):
+    with pytest.raises(CheckpointError, match=r"unknown key 'module' \(did you mean 'modules'"):
         MctkConfig(module={})
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,20 @@ if TYPE_CHECKING:
     import torch
 
 
-def _commit(temporary: Path, path: Path) -> None:
-    """Makes `temporary` durable and gives it its name; a kill leaves the old file or the new."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name to write under; then the file is made durable and gets its own name.
+
+    A kill leaves the old file or the new; an error leaves the old one and no temporary.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -27,9 +37,8 @@ def _commit(temporary: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _commit(temporary, path)
+    with _beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,10 +52,9 @@ def write_tensors(
     """Writes a safetensors file atomically; tensors are brought to the CPU and made contiguous."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(payload, str(temporary), metadata=metadata or {"format": "pt"})
-    _commit(temporary, path)
+    with _beside(path) as temporary:
+        save_file(payload, str(temporary), metadata=metadata or {"format": "pt"})
 
 
 def file_digest(path: Path) -> str:

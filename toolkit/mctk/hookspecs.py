@@ -2,8 +2,7 @@
 
 A plugin is a module or object named by an entry point of group ``mctk``. Its hooks (`Plugin`) carry
 `@hookimpl`; a `Method` overrides what its stage asks for, with exactly the arguments given here.
-Import tensor libraries inside the hooks: listing plugins and reading a recipe must not load torch.
-`statistics`: one layer's `mctk.statistics.LayerStatistics`, a mapping from each need to its value.
+Import torch inside the hooks only: recipes are read without. `statistics` maps need to value.
 Letters: T tokens, E experts, k experts per token, H hidden, I intermediate, r rank, L layers.
 """
 
@@ -60,11 +59,7 @@ class Method:
 
     @hookspec
     def layout(self, shape: BankShape, size: int | None, options: Any) -> list[Term] | None:
-        """Returns meta-device terms of a member's future storage: what plans count, without data.
-
-        None, as here, if that depends on data; the plan then gives a bound and says so.
-        """
-        return None
+        """Returns terms on meta as they will be stored, for plans; None if that depends on data."""
 
     @hookspec
     def curve(self, bank: Bank, statistics: Any, options: Any) -> list[float]:

@@ -1,8 +1,16 @@
 """Reading model directories and writing them: headers, weight maps, accounting, shards."""
 
-from .accounting import ModelSizes, active_parameters, count, experts_per_token, macs, original_terms
+from .accounting import (
+    ModelSizes,
+    active_parameters,
+    count,
+    experts_per_token,
+    macs,
+    original_terms,
+    terms_in,
+)
 from .source import Source, TensorInfo, locate, read_header
-from .weights import WeightMap, empty, fill, map_weights
+from .weights import WeightMap, check_tied, empty, fill, map_weights
 
 __all__ = [
     "ModelSizes",
@@ -10,6 +18,7 @@ __all__ = [
     "TensorInfo",
     "WeightMap",
     "active_parameters",
+    "check_tied",
     "count",
     "empty",
     "experts_per_token",
@@ -19,4 +28,5 @@ __all__ = [
     "map_weights",
     "original_terms",
     "read_header",
+    "terms_in",
 ]

@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import BankSite, bank_sites, is_experts
+from ..errors import UserError
+from ..models import BankSite, bank_sites, is_experts, own_tensors
 from ..terms import Bias, Dense, Term
 from .source import FLOATING, Source
 from .weights import WeightMap
 
 # What configurations call the experts per token.
-TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k")
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class ModelSizes:
 
     Attributes:
         parameters: Stored weight elements.
-        active_parameters: Those that a token passes through.
+        active_parameters: Those that a token passes through; embeddings whole.
         bytes: Tensor payload.
         macs_per_token: Multiply-adds of the weight matrices for one token.
         expert_parameters: Stored weight elements of routed experts.
@@ -47,12 +56,24 @@ class ModelSizes:
 
 
 def experts_per_token(config: Any) -> int:
-    """k of the model's routers, from its configuration; 1 for a dense model."""
+    """Experts per token (k) by the configuration; 1 for a dense model.
+
+    Raises:
+        UserError: The model has experts, and its configuration does not say how many a token uses.
+    """
     text = config.get_text_config()
-    for name in TOP_K_NAMES:
-        value = getattr(text, name, None)
+    parts = (text, getattr(text, "ffn_config", None))
+    for value in (getattr(part, name, None) for part in parts for name in TOP_K_NAMES):
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # one entry a layer
         if isinstance(value, int) and value > 0:
             return value
+    for name in COUNT_NAMES:
+        if isinstance(getattr(text, name, None), int) and getattr(text, name) > 1:
+            raise UserError(
+                f"config.json: {name} is {getattr(text, name)}, but nothing says how many of them "
+                f"a token uses (looked for {', '.join(TOP_K_NAMES)})"
+            )
     return 1
 
 
@@ -73,11 +94,11 @@ def original_terms(site: BankSite, dtype: torch.dtype) -> list[Term]:
 def active_parameters(term: Term, k: int) -> int:
     """Stored elements of a term that one token meets when it visits k members.
 
-    A slot that members share is met once, however many of them are visited.
+    A slot that members share is met once, however many of them are visited. Each tensor counts by
+    its own slots, its first dimension: one V of a low-rank term, shared by all, is met whole.
     """
-    used = {slot for slot in term.slots if slot is not None}
-    stored = max(len(used), 1)
-    return term.parameters() * min(k, len(used)) // stored
+    weights = [t for t in term.tensors().values() if t.is_floating_point() and t.numel()]
+    return sum(t.numel() // t.shape[0] * min(k, t.shape[0]) for t in weights)
 
 
 def macs(term: Term, k: int) -> int:
@@ -116,30 +137,28 @@ def count(
             routed = site.part != "linear"
             visits = k if routed else 1
             if name in new:
-                gone.add(f"{layers_path}.{index}.{site.module}.")
+                module = f"{layers_path}.{index}.{site.module}"
+                gone |= {f"{module}.{own}" for own in own_tensors(layer, site)}
                 parameters += sum(term.parameters() for term in new[name])
                 bytes_ += sum(term.nbytes() for term in new[name])
-            terms = new.get(name) or _terms_now(layer, site)
+            terms = new[name] if name in new else terms_in(layer, site)
             multiply_adds += sum(macs(term, visits) for term in terms)
             if routed:
                 expert_parameters += sum(term.parameters() for term in terms)
                 active += sum(active_parameters(term, k) for term in terms)
         multiply_adds += _router_macs(layer, sites)
-    prefixes = tuple(gone)
     for name, info in source.tensors.items():
         targets = weights.targets.get(name, ())
-        if name in weights.tied or (targets and all(t.startswith(prefixes) for t in targets)):
+        if name in weights.tied or (targets and gone.issuperset(targets)):
             continue
         bytes_ += info.nbytes
         if info.dtype in FLOATING:
             parameters += info.numel
     active += parameters - expert_parameters
-    return ModelSizes(
-        parameters, active, bytes_, multiply_adds + head_macs, expert_parameters
-    )
+    return ModelSizes(parameters, active, bytes_, multiply_adds + head_macs, expert_parameters)
 
 
-def _terms_now(layer: nn.Module, site: BankSite) -> list[Term]:
+def terms_in(layer: nn.Module, site: BankSite) -> list[Term]:
     """A bank's terms as the (meta) layer holds them."""
     module = layer.get_submodule(site.module)
     if hasattr(module, "specs"):

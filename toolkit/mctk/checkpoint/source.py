@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
     "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+SETTLED = 2_000_000_000  # nanoseconds; more than any file system's clock tick
 FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -68,17 +70,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
     tensors: dict[str, TensorInfo] = {}
     end = 0
     entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
     try:
-        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
+        for name, entry in sorted(entries, key=lambda item: tuple(item[1]["data_offsets"])):
             info = TensorInfo(name, path.name, entry["dtype"], tuple(entry["shape"]))
             first, last = entry["data_offsets"]
             if info.dtype not in DTYPE_BYTES:
                 raise CheckpointError(f"{path}: tensor {name} has unknown type {info.dtype}")
+            if not all(isinstance(size, int) and size >= 0 for size in info.shape):
+                raise CheckpointError(f"{path}: tensor {name}: {entry['shape']} is no shape")
             if first != end or last - first != info.nbytes:
                 raise CheckpointError(f"{path}: tensor {name}: offsets contradict its shape")
             if 8 + length + last > size:
@@ -93,23 +99,31 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(path: Path) -> dict[str, str] | None:
-    """The index's map tensor → file, or None for a single file; refuses all else."""
+    """The index's map tensor → file, or None for a single file; refuses all else.
+
+    Where a directory holds both, the single file counts: so it does for transformers.
+    """
+    if (path / SINGLE).exists():
+        return None
     if (path / INDEX).exists():
         try:
             weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-            items = dict(weight_map).items()
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path / INDEX}: malformed index: {error!r}") from error
-        for name, file in items:
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path / INDEX}: malformed index: weight_map is no JSON object")
+        for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise CheckpointError(
                     f"{path / INDEX}: tensor {name} lies in {file!r}, outside the model directory"
                 )
             if not file.endswith(".safetensors"):
                 raise CheckpointError(f"{path / INDEX}: {file} is no safetensors file")
-        return dict(items)
-    if (path / SINGLE).exists():
-        return None
+            if not (path / file).is_file():
+                raise CheckpointError(
+                    f"{path / file}: the file is missing; the index has tensor {name} in it"
+                )
+        return weight_map
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -135,23 +149,26 @@ class Source:
             raise CheckpointError(f"{self.path}: no config.json; is it a model directory?")
         try:
             self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{self.path / 'config.json'}: is no JSON object")
         weight_map = _weight_files(self.path)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-        headers = {name: read_header(self.path / name) for name in names}
-        if weight_map is None:
-            self.tensors = headers[SINGLE]
-        else:
-            self.tensors = {}
-            for tensor, file in weight_map.items():
-                if tensor not in headers[file]:
+        # As for transformers, what a file holds counts, not only what the index says it holds.
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in names:
+            for tensor, info in read_header(self.path / name).items():
+                if tensor in self.tensors:
                     raise CheckpointError(
-                        f"{self.path / file}: tensor {tensor} is missing; the index names it"
+                        f"{self.path / name}: tensor {tensor} is in {self.tensors[tensor].file} too"
                     )
-                self.tensors[tensor] = headers[file][tensor]
+                self.tensors[tensor] = info
+        for tensor, file in (weight_map or {}).items():
+            if tensor not in self.tensors or self.tensors[tensor].file != file:
+                raise CheckpointError(
+                    f"{self.path / file}: tensor {tensor} is missing; the index names it"
+                )
         self.files = names
 
     @property
@@ -181,17 +198,24 @@ class Source:
             yield found
 
     def fingerprint(self, cache: Path) -> str:
-        """SHA-256 over config.json and the contents of all weight files.
+        """SHA-256 over config.json, the model's own code and the contents of all weight files.
 
         Hashing a large model takes a minute or so, once: the result is kept under `cache` by the
-        files' real paths, sizes and modification times.
+        files' real paths, sizes and times of modification and change.
+
+        Args:
+            cache: The cache's directory.
         """
         stamps = []
+        newest = 0
         for file in self.files:
             real = Path(os.path.realpath(self.path / file))
             stat = real.stat()
-            stamps.append([str(real), stat.st_size, stat.st_mtime_ns])
+            stamps.append([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+            newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         config = (self.path / "config.json").read_bytes()
+        for code in sorted(self.path.glob("*.py")):
+            config += code.name.encode() + code.read_bytes()
         key = hashlib.sha256(json.dumps(stamps).encode() + config).hexdigest()
         record = cache / "fingerprints" / key
         if record.exists():
@@ -200,10 +224,12 @@ class Source:
         for file in self.files:
             with (self.path / file).open("rb") as handle:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
-        from ..files import write_text
+        # Files written a moment ago may be written again without their times moving: not recorded.
+        if time.time_ns() - newest > SETTLED:
+            from ..files import write_text
 
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_text(record, total.hexdigest())
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(record, total.hexdigest())
         return total.hexdigest()
 
 
@@ -226,5 +252,5 @@ def locate(model: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise UserError(
             f"model: {model} is no directory here, and the hub gave: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason')}"
         ) from error

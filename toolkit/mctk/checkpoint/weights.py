@@ -8,11 +8,13 @@ by sending meta tensors through that very conversion, so it cannot disagree with
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+UNQUANTISED = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class WeightMap:
     Attributes:
         targets: Source tensor → the names of the model's tensors that it feeds.
         unread: Source tensors that transformers does not read (multi-token prediction heads ...).
-        tied: Source tensors that repeat another one by the model's weight tying.
+        tied: Source tensors that repeat another one by the model's weight tying → the other one.
     """
 
     targets: dict[str, tuple[str, ...]]
     unread: tuple[str, ...]
-    tied: tuple[str, ...]
+    tied: dict[str, str]
 
     def below(self, prefix: str) -> list[str]:
         """Source tensors all of whose targets lie in the module `prefix`."""
@@ -79,7 +83,7 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def convert(model: PreTrainedModel, tensors: dict, device: str | torch.device) -> object:
+def convert(model: PreTrainedModel, tensors: dict, device: str | torch.device) -> Any:
     """Loads source tensors (lazy slices, real or meta tensors) into the model's modules.
 
     Returns transformers' loading info.
@@ -125,7 +129,7 @@ def map_weights(model: PreTrainedModel, source: Source) -> WeightMap:
 
     targets: dict[str, tuple[str, ...]] = {}
     unread: list[str] = []
-    tied: list[str] = []
+    tied: dict[str, str] = {}
     for name in source.tensors:
         renamed, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
@@ -139,25 +143,26 @@ def map_weights(model: PreTrainedModel, source: Source) -> WeightMap:
         found = tuple(target for target in found if target in state)
         if not found:
             unread.append(name)
-        elif all(target in tied_names for target in found) and _has_origin(
-            found, tied_names, source, model
-        ):
-            tied.append(name)
+            continue
+        origin = _origin(found, tied_names, source, model)
+        if origin is not None and origin != name:
+            tied[name] = origin
         else:
             targets[name] = found
     _check(model, source, targets, tied_names)
-    return WeightMap(targets, tuple(unread), tuple(tied))
+    return WeightMap(targets, tuple(unread), tied)
 
 
-def _has_origin(
+def _origin(
     found: tuple[str, ...], tied_names: dict[str, str], source: Source, model: PreTrainedModel
-) -> bool:
-    """Whether the tensors that `found` are tied to are in the source as well."""
+) -> str | None:
+    """The source tensor that the targets `found` are all tied to, if the source has it."""
     prefix = model.base_model_prefix + "."
-    return all(
-        any(n in source.tensors for n in (tied_names[t], tied_names[t].removeprefix(prefix)))
-        for t in found
-    )
+    for target in found:
+        for name in (tied_names.get(target, ""), tied_names.get(target, "").removeprefix(prefix)):
+            if len(found) == 1 and name in source.tensors:
+                return name
+    return None
 
 
 def _check(
@@ -167,11 +172,20 @@ def _check(
     tied_names: dict[str, str],
 ) -> None:
     """Sends meta tensors through the conversion; what is missing or misshapen is an error."""
+    config_file = source.path / "config.json"
+    state = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, names in targets.items():
+        kind = source.tensors[name].dtype
+        if kind not in UNQUANTISED and any(state[target].is_floating_point() for target in names):
+            raise CheckpointError(
+                f"{source.path / source.tensors[name].file}: tensor {name} is quantised ({kind}); "
+                "give a bfloat16, float16 or float32 version of the model"
+            )
     tensors = {
         name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
         for name, info in ((name, source.tensors[name]) for name in targets)
     }
-    config_file = source.path / "config.json"
     # A conversion that fails logs the reason with a traceback before it is reported here.
     logger = logging.getLogger("transformers.core_model_loading")
     level = logger.level
@@ -186,18 +200,22 @@ def _check(
     def sources_of(target: str) -> list[TensorInfo]:
         return [source.tensors[n] for n, names in targets.items() if target in names]
 
-    for target, got, wanted in sorted(info.mismatched_keys):
-        first = sources_of(target)[0]
+    for target, got, expected in sorted(info.mismatched_keys):
+        members = sources_of(target)
+        _check_members(source, members, expected[0] if len(expected) else 0)
         raise CheckpointError(
-            f"{source.path / first.file}: tensor {first.name} gives {target} the shape "
-            f"{tuple(got)}, but {config_file} says {tuple(wanted)}"
+            f"{source.path / members[0].file}: tensor {members[0].name} gives {target} the shape "
+            f"{tuple(got)}, but {config_file} says {tuple(expected)}"
         )
     for target, reason in sorted(info.conversion_errors.items()):
         members = sources_of(target)
+        _check_members(source, members, wanted[target][0] if wanted.get(target) else 0)
         where = source.path / members[0].file if members else source.path
-        lines = [line for line in str(reason).strip().splitlines() if line.strip()]
+        shapes = sorted({str(list(member.shape)) for member in members})
         raise CheckpointError(
-            f"{where}: the tensors of {target} do not fit together or are not complete: {lines[-1]}"
+            f"{where}: tensor {members[0].name if members else target} and the others of {target} "
+            f"do not fit together or are not complete: {len(members)} tensors of shape "
+            f"{', '.join(shapes)}: {_last_line(reason)}"
         )
     ignored = [*(model._keys_to_ignore_on_load_missing or [])]
     for target in sorted(info.missing_keys):
@@ -205,7 +223,64 @@ def _check(
             continue
         if re.search(r"rotary_emb|inv_freq", target):
             continue
-        raise CheckpointError(f"{source.path}: no tensor for {target}; the checkpoint lacks it")
+        raise CheckpointError(
+            f"{source.path}: no tensor for {target}, which {config_file} asks for; the checkpoint "
+            "lacks it"
+        )
+
+
+def _check_members(source: Source, members: list[TensorInfo], count: int) -> None:
+    """Checks that the tensors stacked into one parameter are numbered 0 to `count` - 1.
+
+    Args:
+        source: The directory.
+        members: All tensors that feed the parameter; nothing is checked unless they differ by a
+            number in their names (an expert's).
+        count: How many the model stacks.
+
+    Raises:
+        CheckpointError: Names the first that is missing or too many, and how many there are.
+    """
+    kinds: dict[str, dict[int, TensorInfo]] = {}  # name with {} for the expert → expert → tensor
+    for member in members:
+        match = re.search(r"^(.*\.)(\d+)(\..*)$", member.name)  # the last number of the name
+        if match is None:
+            return
+        kinds.setdefault(f"{match[1]}{{}}{match[3]}", {})[int(match[2])] = member
+    if all(len(experts) == 1 for experts in kinds.values()):
+        return  # the number is the layer's: one tensor, nothing stacked
+    config_file = source.path / "config.json"
+    missing = [
+        kind.format(expert)
+        for expert in range(count)
+        for kind, experts in sorted(kinds.items())
+        if expert not in experts
+    ]
+    if missing:
+        file = next(iter(next(iter(kinds.values())).values())).file
+        more = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{source.path / file}: tensor {missing[0]} is missing{more}; {config_file} asks for "
+            f"{count} experts"
+        )
+    for _, experts in sorted(kinds.items()):
+        usual = Counter(member.shape for member in experts.values()).most_common(1)[0][0]
+        for expert, member in sorted(experts.items()):
+            if expert >= count:
+                raise CheckpointError(
+                    f"{source.path / member.file}: tensor {member.name} is one too many; "
+                    f"{config_file} asks for {count} experts"
+                )
+            if member.shape != usual:
+                raise CheckpointError(
+                    f"{source.path / member.file}: tensor {member.name} has shape "
+                    f"{list(member.shape)}, the other experts' have {list(usual)}"
+                )
+
+
+def _last_line(reason: object) -> str:
+    lines = [line for line in str(reason).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no reason given"
 
 
 def fill(
@@ -225,25 +300,61 @@ def fill(
         module: The module that holds all of them, if one does (checked for NaN alone).
 
     Raises:
-        CheckpointError: A tensor holds NaN or infinity; names file and tensor.
+        CheckpointError: A tensor cannot be read or holds NaN or infinity; names file and tensor.
     """
     with source.slices(names) as slices:
-        convert(model, slices, device)
-    _check_finite(module or model, source, names)
+        info = convert(model, slices, device)
+    for target, reason in sorted(info.conversion_errors.items()):
+        raise CheckpointError(
+            f"{source.path}: {target} cannot be read, though its headers were in order when the "
+            f"model was opened: {_last_line(reason)}"
+        )
+    _check_finite(module or model, source, names, model.dtype)
 
 
-def _check_finite(module: torch.nn.Module, source: Source, names: list[str]) -> None:
-    """Looks at the filled parameters; reads the source once more only to name the culprit."""
-    loaded = [p for p in module.parameters() if p.device.type != "meta" and p.is_floating_point()]
-    if all(bool(torch.isfinite(p).all()) for p in loaded):
+def _check_finite(
+    module: torch.nn.Module, source: Source, names: list[str], dtype: torch.dtype
+) -> None:
+    """Looks at the filled tensors; reads the source once more only to name the culprit."""
+    if all(_finite(t) for t in itertools.chain(module.parameters(), module.buffers())):
         return
     for name in sorted(names):
         with source.slices([name]) as slices:
             tensor = slices[name][...]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        where = f"{source.path / source.tensors[name].file}: tensor {name}"
+        if not _finite(tensor):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+            raise CheckpointError(f"{where} holds {kind}")
+        if tensor.is_floating_point() and not _finite(tensor.to(dtype)):
+            raise CheckpointError(f"{where} overflows in {str(dtype).removeprefix('torch.')}")
+    # Else it is a buffer that the model computed itself, masks of -inf among them.
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are finite; matrix by matrix, so that stacked experts need no mask."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    if tensor.dim() > 2:
+        return all(_finite(part) for part in tensor)
+    return bool(torch.isfinite(tensor).all())
+
+
+def check_tied(source: Source, weights: WeightMap) -> None:
+    """Checks that tensors stored twice because the model ties them are equal.
+
+    transformers leaves them apart where they differ, whatever config.json says; we drop the second,
+    so they must be the same.
+
+    Raises:
+        CheckpointError: They are not; names both.
+    """
+    for name, origin in weights.tied.items():
+        with source.slices([name, origin]) as slices:
+            equal = torch.equal(slices[name][...], slices[origin][...])
+        if not equal:
             raise CheckpointError(
-                f"{source.path / source.tensors[name].file}: tensor {name} holds {kind}"
+                f"{source.path / source.tensors[name].file}: tensor {name} differs from {origin}, "
+                "though config.json ties them; set tie_word_embeddings to false"
             )
 
 

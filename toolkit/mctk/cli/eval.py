@@ -74,7 +74,11 @@ Examples:
 )
 @click.option("--baseline", metavar="MODEL", help="Measure this as well and compare on each text.")
 @click.option("--seed", type=int, help="Of few-shot examples and of the bootstrap.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="DANGEROUS: run Python code that comes with the model.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write JSON here.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -122,7 +126,6 @@ def command(
     from mctk.recipe import Evaluate, PerplexityText
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     sets: list[PerplexityText] = []
     for name, source in _sources(texts, datasets):
         sets.append(PerplexityText(name=name, length=length, windows=windows, **source))

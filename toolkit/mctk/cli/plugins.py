@@ -69,10 +69,10 @@ def show(method: str, as_json: bool) -> None:
     registry = load_plugins()
     found = _find(registry, method)
     about = _brief(registry, found) | {
-        "scope": found.scope,
+        "scope": None if found.stage == "allocate" else found.scope,
         "takes_size": found.takes_size,
         "units": found.units if found.takes_size else None,
-        "propagate": found.propagate,
+        "propagate": None if found.stage == "allocate" else found.propagate,
         "needs": _needs(found),
         "options": _options(found),
     }

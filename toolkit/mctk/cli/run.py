@@ -35,7 +35,8 @@ def recipe_options(command: Any) -> Any:
         ),
         click.option("--device", help="auto, cpu, cuda, cuda:1 ... (default: auto)."),
         click.option(
-            "--dtype", help="Compute in auto, float32, bfloat16 or float16 (auto: the checkpoint's)."
+            "--dtype",
+            help="Compute in auto, float32, bfloat16 or float16 (auto: the checkpoint's).",
         ),
         click.option("--storage-dtype", help="Write new tensors in this dtype (auto: the same)."),
         click.option("--seed", type=int, help="Salt of everything that is drawn."),

@@ -96,8 +96,15 @@ class Source(BaseModel):
 
     @property
     def label(self) -> str:
-        """A short name: the dataset's, or the files' as written."""
-        return self.dataset or ",".join(Path(pattern).stem for pattern in self.text or ())
+        """A short name: the dataset's, or for each glob its last part without wildcards."""
+        if self.dataset is not None:
+            return self.dataset
+        names = []
+        for pattern in self.text or ():
+            path = Path(pattern)
+            plain = [part for part in (path.stem, *path.parts[-2::-1]) if not has_magic(part)]
+            names.append(plain[0] if plain else pattern)
+        return ",".join(dict.fromkeys(names))
 
     def files(self) -> list[Path]:
         """Returns the text's files, sorted; a glob is taken beside the recipe if it matches there.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from ..files import write_text
 from ..models import EXPERTS_IMPLEMENTATION, read_banks
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ..models import BankSite
 
 
-def cache_context(model: StreamedModel, fingerprint: str, digest: str, batch: int) -> dict[str, Any]:
+def cache_context(
+    model: StreamedModel, fingerprint: str, digest: str, batch: int
+) -> dict[str, Any]:
     """All that a statistic's numbers depend on besides need and layer.
 
     Args:
@@ -38,6 +41,7 @@ def cache_context(model: StreamedModel, fingerprint: str, digest: str, batch: in
         "attention": model.config.get_text_config()._attn_implementation,
         "experts": EXPERTS_IMPLEMENTATION,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
@@ -77,8 +81,9 @@ def calibrate(
         layer: [need for need in wanted if not cache.has(need, layer)]
         for layer, wanted in needs.items()
     }
-    cache.misses += sum(len(wanted) for wanted in missing.values())
-    cache.hits += sum(len(wanted) for wanted in needs.values()) - cache.misses
+    misses = sum(len(wanted) for wanted in missing.values())
+    cache.misses += misses
+    cache.hits += sum(len(wanted) for wanted in needs.values()) - misses
     missing = {layer: wanted for layer, wanted in missing.items() if wanted}
     if not missing:
         return 0

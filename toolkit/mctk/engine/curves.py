@@ -106,9 +106,7 @@ def _layer_curves(
             )
             own = [errors[setting] for setting in curve.settings]
             middle = _middle(curve, plan)
-            terms = step.method.decompose(
-                weights, statistics, curve.settings[middle], step.options
-            )
+            terms = step.method.decompose(weights, statistics, curve.settings[middle], step.options)
             biases = [term for term in banks[name].terms if isinstance(term, Bias)]
             replaced = {**banks, name: Bank(name, layer, sites[name].shape, [*terms, *biases])}
             measured = trace.layer_error(trace.whole_modules(replaced, {name}))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Source
 from ..data import TokenWindows, calibration_windows
 from ..errors import UserError
 from ..evaluate import compare, evaluate_model
@@ -21,7 +20,7 @@ from ..evaluate.suite import load_tokenizer, resolve_device, versions
 from ..files import write_json, write_text
 from ..plan import TOLERANCE, Plan, count_model, make_plan
 from ..report import render_card, render_report
-from ..statistics import ExpertFrequency, Need, StatisticsCache, cache_directory
+from ..statistics import Need, StatisticsCache, cache_directory
 from ..terms import Term
 from .calibrate import cache_context, calibrate
 from .compress import Run, Sample, compress, prepare_sample, size_from_record, size_record
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..registry import Registry
 
+OWNER = {"model": "the model's", "experts": "the experts'", "targets": "the targeted banks'"}
 PROBE_TOKENS = 64  # length of the gate's sequence where there is no calibration text
 
 
@@ -67,9 +67,9 @@ def run(
     started = time.perf_counter()
     directory = cache_directory(cache)
     device = resolve_device(recipes[0].device)
-    plans = [make_plan(recipe, registry, device) for recipe in recipes]
-    _check_set(plans)
-    plan = plans[0]
+    _check_set(recipes)
+    plan = make_plan(recipes[0], registry, device)
+    plans = [plan, *(make_plan(recipe, registry, device, plan.model) for recipe in recipes[1:])]
     windows = read_calibration(plan)
     fingerprint = plan.source.fingerprint(directory)
     identities = [_identity(p, fingerprint, windows) for p in plans]
@@ -79,6 +79,7 @@ def run(
             workspace = Workspace(p.recipe.output)
             workspace.open(identity)
             runs.append(Run(p, workspace))
+            workspace.manifest["sources"] = sorted(set(windows.sources)) if windows else []
             reporter.add_log(workspace.output / "run.log")
         registry.hook.run_started(run=runs[0] if len(runs) == 1 else runs)
         todo = [r for r in runs if not r.workspace.manifest["finished"]]
@@ -109,24 +110,19 @@ def read_calibration(plan: Plan) -> TokenWindows | None:
     )
 
 
-def _check_set(plans: list[Plan]) -> None:
-    """Runs of one set must read the same model on the same text."""
-    first = plans[0].recipe
-    outputs = [p.recipe.output.resolve() for p in plans]
-    if len(set(outputs)) < len(outputs):
+def _check_set(recipes: Sequence[Recipe]) -> None:
+    """Runs of one set must read the same model on the same text, and write to their own places."""
+    first = recipes[0]
+    outputs = {recipe.output.resolve() for recipe in recipes}
+    if len(outputs) < len(recipes):
         raise UserError("output: two runs of one set have the same output directory")
-    for p in plans[1:]:
-        same = (
-            p.recipe.model == first.model
-            and p.recipe.dtype == first.dtype
-            and p.recipe.seed == first.seed
-            and p.recipe.calibration == first.calibration
-        )
-        if not same:
-            raise UserError("runs of one set must share model, dtype, seed and calibration")
-    for p in plans:
-        if p.recipe.propagate == "compressed":
-            raise p.recipe.error(
+    shared = ("model", "revision", "trust_remote_code", "dtype", "seed", "calibration")
+    for recipe in recipes:
+        for key in shared:
+            if getattr(recipe, key) != getattr(first, key):
+                raise recipe.error((key,), "differs between the runs of one set")
+        if recipe.propagate == "compressed":
+            raise recipe.error(
                 ("calibration", "propagate"),
                 "statistics of the compressed model's activations are not supported yet; "
                 "write propagate: original",
@@ -169,9 +165,7 @@ def _compress_all(
         cache = StatisticsCache(directory, context)
         needs = _union([r.plan for r in runs])
         state = runs[0].workspace.state
-        sweeps = calibrate(
-            model, windows.ids, batch, needs, plan.sites, cache, state, reporter
-        )
+        sweeps = calibrate(model, windows.ids, batch, needs, plan.sites, cache, state, reporter)
     ids = windows.ids if windows is not None else _probe_ids(plan)
     sample = prepare_sample(model, ids)
     for r in runs:
@@ -344,9 +338,7 @@ def _conclude(
     return metrics
 
 
-def _evaluate(
-    run: Run, directory: Path, fingerprint: str, reporter: Reporter
-) -> dict[str, Any]:
+def _evaluate(run: Run, directory: Path, fingerprint: str, reporter: Reporter) -> dict[str, Any]:
     """The original's figures, from the cache where they are known, and the result's."""
     recipe = run.plan.recipe
     section = recipe.evaluate
@@ -355,7 +347,6 @@ def _evaluate(
         "device": str(run.plan.model.device),
         "dtype": str(run.plan.model.dtype).removeprefix("torch."),
         "trust_remote_code": recipe.trust_remote_code,
-        "seed": recipe.seed,
     }
     found: dict[str, Any] = {}
     with reporter.phase("evaluate", 2):
@@ -410,7 +401,7 @@ def _metrics(
         way = "keep" if recipe.budget.keep is not None else "remove"
         share = recipe.budget.keep or recipe.budget.remove
         budget = {
-            "requested": f"{way} {share:.0%} of the {recipe.budget.of}'s {recipe.budget.unit}",
+            "requested": f"{way} {share:.0%} of {OWNER[recipe.budget.of]} {recipe.budget.unit}",
             "allowed": plan.allowed,
             "attained": attained,
             "shortfall_fraction": short,
@@ -430,6 +421,7 @@ def _metrics(
             "length": c.length,
             "tokens": c.sequences * c.length,
             "propagate": recipe.propagate,
+            "sources": manifest["sources"],
         }
     return {
         "mctk_version": versions().get("mctk"),
@@ -441,6 +433,7 @@ def _metrics(
             "name": recipe.canonical()["model"],
             "model_type": model.config.model_type,
             "path": str(plan.source.path),
+            "license": _license(plan.source.path),
         },
         "output_kind": "mctk",
         "calibration": calibration,
@@ -459,6 +452,22 @@ def _metrics(
         "peak_device_memory_bytes": peak_device_bytes(str(model.device)),
         "warnings": warnings,
     }
+
+
+def _license(path: Path) -> str | None:
+    """The licence that the model's own card states, carried over to the result's."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None  # the card is for people; a broken one says nothing of the licence
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _token_warnings(layers: list[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,9 @@ def shard_name(index: int, layers: int) -> str:
     return f"model-{index + 2:05d}-of-{layers + 1:05d}.safetensors"
 
 
-def cast_terms(plan: Plan, layer: int, banks: dict[str, Bank], rewritten: set[str]) -> dict[str, Bank]:
+def cast_terms(
+    plan: Plan, layer: int, banks: dict[str, Bank], rewritten: set[str]
+) -> dict[str, Bank]:
     """All banks of the changed modules in the dtypes in which they are stored.
 
     Rewritten terms go to the storage dtype; the others return to the dtype that they came in.

@@ -58,6 +58,8 @@ class Workspace:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"output: another run is at work in {self.output}") from None
+        for leftover in [*self.output.glob(".*.tmp"), *self.state.glob(".*.tmp")]:
+            leftover.unlink()  # of a run that was killed while it wrote
         try:
             self._read(identity)
         except BaseException:

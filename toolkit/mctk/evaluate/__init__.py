@@ -1,6 +1,6 @@
 """What a model is worth: token-level perplexity and lm-eval's tasks."""
 
-from .harness import run_tasks
+from .harness import load_tasks, run_tasks
 from .perplexity import (
     Perplexity,
     forward_logits,
@@ -16,6 +16,7 @@ __all__ = [
     "compare",
     "evaluate_model",
     "forward_logits",
+    "load_tasks",
     "paired_bootstrap",
     "perplexity",
     "run_tasks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
 import importlib.util
 import logging
@@ -17,15 +18,57 @@ from ..errors import UserError
 
 # lm-eval's own defaults: with them our figures are those of its command line.
 SEED, FEWSHOT_SEED = 1234, 1234
-ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+
+
+def load_tasks(tasks: Sequence[str], task_path: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Finds tasks and their data; needs no model, so that mistakes show before one is loaded.
+
+    Args:
+        tasks: Names of tasks, groups or tags, globs over them, or paths of task YAML files.
+        task_path: Directories with more task YAML files.
+
+    Returns:
+        What `run_tasks` takes.
+
+    Raises:
+        UserError: lm-eval is not installed, a task does not exist or its data cannot be had.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("tasks need lm-eval: pip install 'mctk[eval]'")
+    directories = tuple(str(directory) for directory in task_path)
+    for directory in directories:
+        if not Path(directory).is_dir():
+            raise UserError(f"task path: no directory {directory}")
+    with _quiet():
+        # Indexing lm-eval's own 14 000 tasks takes many seconds; look at the user's first.
+        manager = _manager(directories, False)
+        try:
+            names = match_tasks(tasks, manager.all_tasks)
+        except UserError:
+            manager = _manager(directories, True)
+            names = match_tasks(tasks, manager.all_tasks)
+        try:
+            return dict(manager.load(names))
+        except Exception as error:  # the datasets library raises anything
+            lines = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"tasks {', '.join(names)}: cannot be loaded: {type(error).__name__}: {lines[0]}"
+            ) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _manager(directories: tuple[str, ...], defaults: bool) -> Any:
+    """lm-eval's index of tasks, kept: two models are mostly evaluated one after the other."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(directories) or None, include_defaults=defaults)
 
 
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    loaded: dict[str, Any],
     *,
-    task_path: Sequence[str | Path] = (),
     num_fewshot: int | None = None,
     limit: int | float | None = None,
     batch_size: int | str = 1,
@@ -37,8 +80,7 @@ def run_tasks(
     Args:
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
-        tasks: Names of tasks, groups or tags, globs over them, or paths of task YAML files.
-        task_path: Directories with more task YAML files.
+        loaded: From `load_tasks`; used up by this.
         num_fewshot: Examples in the prompt; None leaves it to each task, and a task that says 0
             keeps 0 (lm-eval's rule).
         limit: Documents per task, or their fraction if below 1; for smoke tests.
@@ -51,36 +93,12 @@ def run_tasks(
         "samples" (documents), "chance" (expected accuracy of guessing, None if unknown),
         "constant" (True if every answer was the same choice) and "group" (the group whose part
         the task is, or None). JSON-able.
-
-    Raises:
-        UserError: lm-eval is not installed, a task does not exist or its data cannot be had.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks need lm-eval: pip install 'mctk[eval]'")
-    with _quiet():
-        return _run(
-            model, tokenizer, tasks, task_path, num_fewshot, limit, batch_size, seed, progress
-        )
-
-
-def _run(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    task_path: Sequence[str | Path],
-    num_fewshot: int | None,
-    limit: int | float | None,
-    batch_size: int | str,
-    seed: int | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """`run_tasks` with lm-eval at hand."""
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    loaded = _load(tasks, task_path)
     for task in loaded["tasks"].values():
         default = task.get_config("num_fewshot")
         if num_fewshot is not None and default != 0:
@@ -92,36 +110,13 @@ def _run(
     np.random.seed(SEED if seed is None else seed)
     torch.manual_seed(SEED if seed is None else seed)
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    if not progress:
-        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            setattr(lm, request, functools.partial(getattr(lm, request), disable_tqdm=True))
-    result = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
+    with _quiet():
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        if not progress:
+            for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(lm, request, functools.partial(getattr(lm, request), disable_tqdm=True))
+        result = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
     return _summary(result)
-
-
-def _load(tasks: Sequence[str], task_path: Sequence[str | Path]) -> dict[str, Any]:
-    """Finds tasks by name and loads their data."""
-    from lm_eval.tasks import TaskManager
-
-    directories = [str(directory) for directory in task_path]
-    for directory in directories:
-        if not Path(directory).is_dir():
-            raise UserError(f"task path: no directory {directory}")
-    # Indexing lm-eval's own 14 000 tasks takes many seconds; look at the user's first.
-    manager = TaskManager(include_path=directories or None, include_defaults=False)
-    try:
-        names = match_tasks(tasks, manager.all_tasks)
-    except UserError:
-        manager = TaskManager(include_path=directories or None)
-        names = match_tasks(tasks, manager.all_tasks)
-    try:
-        return dict(manager.load(names))
-    except Exception as error:  # the datasets library raises anything
-        lines = str(error).strip().splitlines() or [""]
-        raise UserError(
-            f"tasks {', '.join(names)}: cannot be loaded: {type(error).__name__}: {lines[0]}"
-        ) from error
 
 
 def match_tasks(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -130,8 +125,6 @@ def match_tasks(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     Raises:
         UserError: Nothing matches one of them; gives the nearest names.
     """
-    import fnmatch
-
     names: dict[str, None] = {}
     for task in tasks:
         if task in known or (Path(task).suffix == ".yaml" and Path(task).is_file()):

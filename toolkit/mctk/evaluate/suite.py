@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from .harness import run_tasks
+from .harness import load_tasks, run_tasks
 from .perplexity import (
     Perplexity,
     forward_logits,
@@ -105,8 +106,9 @@ def evaluate_model(
         warnings.append(f"tasks {', '.join(tasks)} were left out: they need {reason}")
         tasks = []
 
-    result: dict[str, Any] = {"perplexity": {}, "tasks": {}}
+    loaded = load_tasks(tasks, task_path) if tasks else None
     say = report or (lambda what, done, total: None)
+    accuracy: dict[str, Any] = {}
     if stream:
         found = _stream(source, texts, where, compute, batch_size, trust_remote_code, say)
     else:
@@ -115,27 +117,26 @@ def evaluate_model(
         for name, windows in texts.items():
             progress = _about(say, f"perplexity of {name}")
             found[name] = perplexity(forward_logits(model, windows.ids, batch_size, progress))
-        if tasks:
-            say(f"tasks {', '.join(tasks)}", 0, 1)
-            result["tasks"] = run_tasks(
-                model,
-                tokenizer,
-                tasks,
-                task_path=task_path,
-                num_fewshot=num_fewshot,
-                limit=section.limit,
-                batch_size=batch_size,
-                seed=seed,
-            )
-            say(f"tasks {', '.join(tasks)}", 1, 1)
+        if loaded is not None:
+            what = f"tasks {', '.join(tasks)}"
+            options: dict[str, Any] = {
+                "num_fewshot": num_fewshot,
+                "limit": section.limit,
+                "seed": seed,
+            }
+            say(what, 0, 1)
+            accuracy = run_tasks(model, tokenizer, loaded, batch_size=batch_size, **options)
+            say(what, 1, 1)
         del model
-    for name, value in found.items():
-        result["perplexity"][name] = value.to_json()
-        if result["perplexity"][name]["perplexity"] is None:
-            warnings.append(f"perplexity of {name} is {value.perplexity}")
+    warnings += [
+        f"perplexity of {name} is {value.perplexity}"
+        for name, value in found.items()
+        if not math.isfinite(value.perplexity)
+    ]
     return {
         "model": str(path),
-        **result,
+        "perplexity": {name: value.to_json() for name, value in found.items()},
+        "tasks": accuracy,
         "mode": "streamed" if stream else "in memory",
         "mode_reason": reason,
         "device": where,
@@ -239,11 +240,18 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The whole model in memory, by `from_pretrained`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     placed = {} if device == "cpu" else {"device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=dtype, trust_remote_code=trust_remote_code, **placed
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # progress is ours to tell
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, trust_remote_code=trust_remote_code, **placed
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.eval()
 
 

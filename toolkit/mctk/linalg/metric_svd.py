@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mctk.linalg.products import upper_product
 from mctk.linalg.root import Root, square_root
 
 # Eigenvalues of V C Vᵀ, scaled to a unit diagonal, below which a direction carries nothing.
@@ -39,21 +40,24 @@ class MetricSVD:
         self,
         weight: Tensor,
         matrix: Tensor,
-        vectors: Tensor,
-        spectrum: Tensor,
+        gram: Tensor,
         metric: str,
         *,
         output_side: bool,
-        root: Root | None = None,
         moment: Tensor | None = None,
+        root: Root | None = None,
     ) -> None:
+        # Output side: W and A. Input side: Sᵀ Wᵀ and its Gram matrix; rows are contiguous.
         self._weight = weight
         self._matrix = matrix
-        self._vectors = vectors
         self._output_side = output_side
-        self._root = root
         self._moment = moment
-        self.spectrum = spectrum
+        self._root = root
+        eigenvalues, vectors = torch.linalg.eigh(gram, UPLO="U")
+        count = min(weight.shape)
+        self.spectrum = eigenvalues.flip(0)[:count].clamp(min=0)
+        # One eigenvector a row, so that those of any rank are contiguous.
+        self._vectors = vectors.t().flip(0)[:count]
         self.metric = metric
         self.damping = 0.0 if root is None else root.damping
 
@@ -81,13 +85,13 @@ class MetricSVD:
         limit = min(self._weight.shape)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
             raise ValueError(f"rank must be an integer from 0 to {limit}, not {rank!r}")
-        vectors = self._vectors[:, :rank]
+        vectors = self._vectors[:rank]
+        projected = vectors @ self._matrix
         if self._output_side:
-            left, right = vectors, vectors.t() @ self._matrix
+            left, right = vectors.t(), projected
         else:
-            left, right = self._matrix @ vectors, vectors.t()
-            if self._root is not None:
-                right = self._root.divide(right)
+            left = projected.t()
+            right = vectors if self._root is None else self._root.divide(vectors)
         if balance:
             sigma = self.spectrum[:rank].sqrt().sqrt()
             scale = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
@@ -142,47 +146,25 @@ def metric_svd(
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
         raise ValueError("weight contains NaN or infinity")
-    matrix = weight.double()
+    moment, metric, root = None, "plain", None
     if output_moment is not None:
-        moment = _checked(output_moment, m, "output moment", weight.device)
-        if moment is not None:
-            return _output_side(weight, matrix, moment, "output")
+        outputs = _checked(output_moment, m, "output moment", weight.device)
+        if outputs is not None:
+            return MetricSVD(weight, weight.double(), outputs, "output", output_side=True)
     elif input_moment is not None:
         moment = _checked(input_moment, n, "input moment", weight.device)
-        if moment is not None:
-            if m <= n:
-                return _output_side(weight, matrix, matrix @ moment @ matrix.t(), "input", moment)
-            root = square_root(moment)
-            return _input_side(weight, matrix @ root.factor, "input", root, moment)
+        metric = "plain" if moment is None else "input"
     if m <= n:
-        return _output_side(weight, matrix, matrix @ matrix.t(), "plain")
-    return _input_side(weight, matrix, "plain")
-
-
-def _output_side(
-    weight: Tensor, matrix: Tensor, gram: Tensor, metric: str, moment: Tensor | None = None
-) -> MetricSVD:
-    spectrum, vectors = _eigh_descending(gram, min(weight.shape))
-    return MetricSVD(weight, matrix, vectors, spectrum, metric, output_side=True, moment=moment)
-
-
-def _input_side(
-    weight: Tensor,
-    matrix: Tensor,
-    metric: str,
-    root: Root | None = None,
-    moment: Tensor | None = None,
-) -> MetricSVD:
-    spectrum, vectors = _eigh_descending(matrix.t() @ matrix, min(weight.shape))
-    return MetricSVD(
-        weight, matrix, vectors, spectrum, metric, output_side=False, root=root, moment=moment
-    )
-
-
-def _eigh_descending(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the ``count`` largest eigenvalues (none negative) and their eigenvectors."""
-    eigenvalues, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
-    return eigenvalues.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
+        matrix = weight.double()
+        weighted = matrix if moment is None else matrix @ moment
+        gram = upper_product(weighted, matrix)
+        return MetricSVD(weight, matrix, gram, metric, output_side=True, moment=moment)
+    matrix = weight.t().contiguous().double()
+    if moment is not None:
+        root = square_root(moment)
+        matrix = root.times(matrix)
+    gram = upper_product(matrix, matrix)
+    return MetricSVD(weight, matrix, gram, metric, output_side=False, moment=moment, root=root)
 
 
 def _checked(moment: Tensor, size: int, name: str, device: torch.device) -> Tensor | None:

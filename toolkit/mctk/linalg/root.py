@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mctk.linalg.products import transposed_lower_product
+
 FIRST_DAMPING = 1e-10
 LAST_DAMPING = 1e-6
 EIGENVALUE_CUT = 1e-12
@@ -26,6 +28,12 @@ class Root:
     factor: Tensor
     damping: float
     eigenvalues: Tensor | None = None
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Returns ``Sᵀ matrix`` for a ``matrix [n, m]``."""
+        if self.eigenvalues is None:
+            return transposed_lower_product(self.factor, matrix)
+        return self.factor.t() @ matrix
 
     def divide(self, rows: Tensor) -> Tensor:
         """Returns ``rows S⁻¹`` for ``rows [r, n]``; a triangular solve, never an inverse."""

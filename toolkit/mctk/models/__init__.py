@@ -8,10 +8,17 @@ from .adapter import (
     is_experts,
     module_specs,
     module_tensors,
+    own_tensors,
     read_banks,
     write_banks,
 )
-from .skeleton import EXPERTS_IMPLEMENTATION, build, has_experts_interface, load_config, resolve_dtype
+from .skeleton import (
+    EXPERTS_IMPLEMENTATION,
+    build,
+    has_experts_interface,
+    load_config,
+    resolve_dtype,
+)
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
@@ -25,6 +32,7 @@ __all__ = [
     "load_config",
     "module_specs",
     "module_tensors",
+    "own_tensors",
     "read_banks",
     "resolve_dtype",
     "write_banks",

@@ -24,7 +24,11 @@ from ..terms import Bank, BankShape, Bias, Dense, Term
 
 EXPERT_FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 # The field's word for a part, where modules call it otherwise.
-ALIASES = {"self_attn": "attention", "self_attention": "attention", "shared_experts": "shared_expert"}
+ALIASES = {
+    "self_attn": "attention",
+    "self_attention": "attention",
+    "shared_experts": "shared_expert",
+}
 
 
 @dataclass(frozen=True)
@@ -87,24 +91,27 @@ def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
             would have one name.
     """
     sites: list[BankSite] = []
-    blocks: dict[str, int] = {}  # path of a MoE block → number of its experts
+    blocks: dict[str, int] = {}  # path of a MoE block and a dot, or "" → number of its experts
     for path, module in layer.named_modules():
         if is_experts(module):
-            sites += _expert_sites(path, module)
-            blocks[path.rpartition(".")[0]] = module.num_experts
-        elif path.rpartition(".")[2] == "experts":
+            found = _expert_sites(path, module)
+            sites += found
+            blocks[path[: path.rfind(".") + 1]] = found[0].shape.members
+        elif path.rpartition(".")[2] == "experts" or _holds_stacked_matrices(module):
+            missing = [flag for flag in EXPERT_FLAGS if not hasattr(module, flag)]
             raise UserError(
                 f"{type(layer).__name__}.{path}: {type(module).__name__} is not the experts "
-                "module that transformers shares between families; it is not supported yet"
+                f"module that transformers shares between families (it has no {missing[0]}); it "
+                "is not supported yet"
             )
     inside = tuple(site.module + "." for site in sites)
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear | TermLinear) or path.startswith(inside):
             continue
-        block = next((b for b in blocks if path.startswith(b + ".")), None)
+        block = next((b for b in blocks if path.startswith(b)), None)
+        if block is not None and _is_router(layer, path, block, blocks[block]):
+            continue
         out = module.out_features
-        if block is not None and out in (1, blocks[block]):
-            continue  # a router, or the gate of a shared expert
         shape = BankShape(1, out, module.in_features)
         name = _bank_name(path, block)
         sites.append(BankSite(name, path, "linear", shape, _has_bias(module)))
@@ -115,6 +122,41 @@ def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
     return {site.name: site for site in sites}
 
 
+def _holds_stacked_matrices(module: nn.Module) -> bool:
+    """Whether a module that is no convolution owns a stack of matrices: experts, most likely."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | TermModule):
+        return False
+    parameters = module.parameters(recurse=False)
+    return any(p.dim() == 3 and min(p.shape) > 1 for p in parameters)
+
+
+def _is_router(layer: nn.Module, path: str, block: str, experts: int) -> bool:
+    """Whether a linear of a MoE block routes: it gives one number, or one per expert.
+
+    A shared expert's matrices may have as many rows as there are experts; but they are several in
+    one module, where a router is by itself.
+    """
+    if "router" in path.split("."):
+        return True
+    if layer.get_submodule(path).out_features not in (1, experts):
+        return False
+    parent = path.rpartition(".")[0]
+    if parent == block.rstrip("."):
+        return True
+    siblings = layer.get_submodule(parent).children()
+    return sum(isinstance(child, nn.Linear | TermLinear) for child in siblings) == 1
+
+
+def own_tensors(layer: nn.Module, site: BankSite) -> list[str]:
+    """The names, within the bank's module, of what that module holds itself.
+
+    This is what terms stand in for; its children (a norm after the experts, say) stay.
+    """
+    module = layer.get_submodule(site.module)
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [name for name, _ in named]
+
+
 def _has_bias(module: nn.Module) -> bool:
     if isinstance(module, TermLinear):
         return any(spec["kind"] == Bias.kind for spec in module.specs["linear"])
@@ -123,7 +165,7 @@ def _has_bias(module: nn.Module) -> bool:
 
 def _bank_name(path: str, block: str | None) -> str:
     if block:
-        path = path.removeprefix(block + ".")
+        path = path.removeprefix(block)
     words = [ALIASES.get(word, word) for word in path.split(".")]
     words[-1] = words[-1].removesuffix("_proj")
     return ".".join(words)
@@ -141,15 +183,25 @@ def _expert_sites(path: str, module: nn.Module) -> list[BankSite]:
             )
             for part, specs in module.specs.items()
         ]
+    wide_name = "gate_up_proj" if module.has_gate else "up_proj"
+    held = {name for name, _ in module.named_parameters(recurse=False)}
+    known = {wide_name, "down_proj"}
+    known |= {f"{name}_bias" for name in known} if module.has_bias else set()
+    if held != known:
+        raise UserError(
+            f"{path}: {type(module).__name__} holds {', '.join(sorted(held))} where its flags "
+            f"promise {', '.join(sorted(known))}: a layout that mctk does not know"
+        )
     down = module.down_proj
     experts, first, second = down.shape
     hidden, intermediate = (second, first) if module.is_transposed else (first, second)
     up = BankShape(experts, intermediate, hidden)
     shapes = {"gate": up} if module.has_gate else {}
     shapes |= {"up": up, "down": BankShape(experts, hidden, intermediate)}
-    wide = module.gate_up_proj if module.has_gate else module.up_proj
-    rows = wide.shape[2 if module.is_transposed else 1]
-    if tuple(wide.shape[:1]) != (experts,) or rows != intermediate * (1 + module.has_gate):
+    wide = getattr(module, wide_name)
+    rows = intermediate * (1 + module.has_gate)
+    expected = (experts, hidden, rows) if module.is_transposed else (experts, rows, hidden)
+    if tuple(wide.shape) != expected:
         raise UserError(
             f"{path}: {type(module).__name__} holds {tuple(wide.shape)} beside down "
             f"{tuple(down.shape)}: a layout that its flags do not describe"
@@ -227,24 +279,35 @@ def write_banks(layer: nn.Module, banks: Mapping[str, Bank]) -> None:
     """Writes banks back into a layer's original modules, terms multiplied out.
 
     The inverse of `read_banks` for a layer of original modules: shapes are unchanged, so whatever
-    the terms are, the layer stays ordinary.
+    the terms are, the layer stays ordinary. A member without a weight or bias gets zeros.
+
+    Raises:
+        ValueError: A bank has a bias and the original module has none.
     """
     modules = dict(layer.named_modules())
     for name, site in bank_sites(layer).items():
         if name not in banks:
             continue
         bank, module = banks[name], modules[site.module]
-        pairs = [bank.materialise(member) for member in range(bank.shape.members)]
-        weight = torch.stack([pair[0] for pair in pairs])
         if site.part == "linear":
-            module.weight.data.copy_(weight[0])
-            if module.bias is not None:
-                module.bias.data.copy_(pairs[0][1])
-            continue
-        old_weight, old_bias = _unfuse(module, site.part)
-        old_weight.copy_(weight)
-        if old_bias is not None:
-            old_bias.copy_(torch.stack([pair[1] for pair in pairs]))
+            weights = module.weight.detach()[None]
+            biases = module.bias.detach()[None] if module.bias is not None else None
+        else:
+            weights, biases = _unfuse(module, site.part)
+        for member in range(bank.shape.members):
+            weight, bias = bank.materialise(member)
+            if bias is not None and biases is None:
+                raise ValueError(f"{name}: has a bias, but {type(module).__name__} has none")
+            _put(weights[member], weight)
+            if biases is not None:
+                _put(biases[member], bias)
+
+
+def _put(place: torch.Tensor, value: torch.Tensor | None) -> None:
+    if value is None:
+        place.zero_()
+    else:
+        place.copy_(value)
 
 
 def module_specs(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, dict]:
@@ -298,8 +361,8 @@ def installed(
     specs = module_specs(layer, banks)
     originals = {path: layer.get_submodule(path) for path in specs}
     device = next(layer.parameters()).device
-    swap(layer, specs)
     try:
+        swap(layer, specs)
         for name, bank in banks.items():
             module = layer.get_submodule(sites[name].module)
             module.set_terms(sites[name].part, [t.to(dtype, device) for t in bank.terms])

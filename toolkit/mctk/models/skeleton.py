@@ -29,7 +29,7 @@ def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = raw.get("model_type") in CONFIG_MAPPING
+    known = str(raw.get("model_type")) in CONFIG_MAPPING
     if "auto_map" in raw and not known and not trust_remote_code:
         raise CheckpointError(
             f"{path / 'config.json'}: the model needs code that its directory carries; read that "
@@ -40,12 +40,14 @@ def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
             f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is unknown to the "
             "installed transformers"
         )
-    method = (raw.get("quantization_config") or {}).get("quant_method", "mctk")
-    if method != "mctk":
-        raise CheckpointError(
-            f"{path / 'config.json'}: weights quantised by {method!r} cannot be compressed yet; "
-            "give a bfloat16, float16 or float32 version of the model"
-        )
+    for key in ("quantization_config", "compression_config"):
+        settings = raw.get(key)
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        if settings and method != "mctk":
+            raise CheckpointError(
+                f"{path / 'config.json'}: {key}: weights quantised by {method!r} cannot be "
+                "compressed yet; give a bfloat16, float16 or float32 version of the model"
+            )
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a bad config
@@ -87,6 +89,11 @@ def build(
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
+    for part in (config, config.get_text_config()):
+        # Some models then compute from what their layers would have recorded; ours record nothing.
+        for record in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(part, record, None):
+                setattr(part, record, False)
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -95,7 +102,7 @@ def build(
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"transformers cannot build a causal language model of type "
-            f"{config.model_type!r}: {str(error).splitlines()[0]}"
+            f"{config.model_type!r}: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     if has_experts_interface(model):
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)

@@ -203,4 +203,11 @@ def _scalar(node: ScalarNode, file: Path | None) -> Any:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    began = getattr(error, "context_mark", None)
+    # The fault is often where something began, e.g. a bracket that is never closed.
+    return (
+        f"{problem} {getattr(error, 'context', '')} from line {began.line + 1}"
+        if began
+        else problem
+    )

@@ -47,6 +47,18 @@ def label_of(metrics: Metrics) -> str:
     return f"{methods}, {budget}" if budget else methods
 
 
+def warnings_of(metrics: Metrics) -> list[str]:
+    """Everything that the run, its layers and its evaluation warned of, each once."""
+    found = [str(warning) for warning in metrics.get("warnings") or []]
+    for layer in metrics.get("layers") or []:
+        index = text(get(layer, "layer"))
+        found += [f"layer {index}: {warning}" for warning in get(layer, "warnings") or []]
+    for side in ("original", "compressed"):
+        said = get(metrics, "evaluation", side, "warnings") or []
+        found += [f"evaluation of the {side} model: {warning}" for warning in said]
+    return list(dict.fromkeys(found))
+
+
 def sizes_table(metrics: Metrics) -> Table:
     """Original and attained sizes, one row a quantity."""
     rows: list[Mapping[str, Any]] = []

@@ -13,6 +13,7 @@ from .parts import (
     perplexity_table,
     sizes_table,
     tasks_table,
+    warnings_of,
 )
 from .tables import (
     NONE,
@@ -70,12 +71,7 @@ def _summary(metrics: Metrics) -> str:
 
 
 def _warnings(metrics: Metrics) -> str:
-    found = [str(warning) for warning in metrics.get("warnings") or []]
-    for layer in metrics.get("layers") or []:
-        found += [f"layer {text(get(layer, 'layer'))}: {w}" for w in get(layer, "warnings") or []]
-    for side in ("original", "compressed"):
-        found += [f"{side}: {w}" for w in get(metrics, "evaluation", side, "warnings") or []]
-    return "\n".join(f"- {warning}" for warning in dict.fromkeys(found))
+    return "\n".join(f"- {warning}" for warning in warnings_of(metrics))
 
 
 def _quality(metrics: Metrics) -> list[str]:
@@ -171,7 +167,8 @@ def _banks(metrics: Metrics) -> Table:
         Column("bytes", "bytes", size),
         Column("relative_weight_error", "weights' error", scientific),
     ]
-    return Table(columns, rows)
+    known = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
+    return Table(known, rows)
 
 
 def _tokens(metrics: Metrics) -> list[str]:
@@ -226,7 +223,7 @@ def _gate(metrics: Metrics) -> str:
     gate = metrics.get("gate")
     if not gate:
         return ""
-    changed, total = get(gate, "tensors_changed"), get(gate, "tensors_total")
+    changed = " of ".join(text(get(gate, key)) for key in ("tensors_changed", "tensors_total"))
     rows: list[Mapping[str, Any]] = [
         {
             "what": "streamed forward over the files equals the terms in memory, bit by bit",
@@ -239,11 +236,11 @@ def _gate(metrics: Metrics) -> str:
         {"what": "sizes equal the plan", "result": _verdict(get(gate, "sizes_equal"))},
         {
             "what": "tensors that differ from the original's",
-            "result": f"{text(changed)} of {text(total)}",
+            "result": changed,
         },
     ]
     if get(gate, "max_abs_logit") is not None:
-        rows.append({"what": "largest logit", "result": f"{gate['max_abs_logit']:.3g}"})
+        rows.append({"what": "largest absolute logit", "result": f"{gate['max_abs_logit']:.3g}"})
     return Table([Column("what", "check", left=True), Column("result", "result")], rows).markdown()
 
 
@@ -269,11 +266,12 @@ def _provenance(metrics: Metrics) -> list[str]:
         add("statistics", f"{text(hits)} from the cache, {text(misses)} collected")
         add("sweeps", counters.get("sweeps"))
     seconds = metrics.get("seconds") or {}
-    phases = seconds.get("by phase") or seconds.get("by_phase") or {}
     add("time", duration(seconds.get("total")))
-    for phase, value in phases.items():
-        add(f"time: {phase}", duration(value))
+    for phase, value in seconds.items():
+        if phase != "total":
+            add(f"time: {phase}", duration(value))
     add("peak memory", size(metrics.get("peak_memory_bytes")))
+    add("peak memory of the device", size(metrics.get("peak_device_memory_bytes")))
     add("mctk", metrics.get("mctk_version"))
     for name, version in (metrics.get("versions") or {}).items():
         add(name, version)

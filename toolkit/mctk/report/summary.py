@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .parts import Metrics, label_of, perplexity_table, sizes_table, tasks_table
+from .parts import Metrics, label_of, perplexity_table, sizes_table, tasks_table, warnings_of
 from .tables import Column, Table, count, duration, fixed, get, percent, size
 
 
@@ -24,7 +24,7 @@ def render_summary(metrics: Metrics, directory: str | None = None) -> str:
         tasks_table(original, compressed),
     ]
     parts = [label_of(metrics), *(table.markdown() for table in tables if table.rows)]
-    warnings = len(metrics.get("warnings") or [])
+    warnings = len(warnings_of(metrics))
     closing = []
     total = get(metrics, "seconds", "total")
     if total is not None:

@@ -117,7 +117,7 @@ def _run(
         outputs[place] = (y * weights[:, None]).to(dtype)
         if observer is not None:
             observer(number, token, slot, x, h, y, weights)
-    return outputs.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return outputs.view(tokens, k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def experts_forward(

@@ -153,6 +153,8 @@ def _meta_tensors(spec: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, entry in entries.items():
         if not str(key).isidentifier():
             raise CheckpointError(f"tensors.{key}: is not a name")
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(f"tensors.{key}: must have shape and dtype, not {entry!r}")
         dtype = getattr(torch, str(entry.get("dtype")), None)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"tensors.{key}.dtype: unknown dtype {entry.get('dtype')!r}")

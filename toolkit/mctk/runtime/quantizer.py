@@ -126,11 +126,14 @@ class MctkHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():
-            if isinstance(module, TermModule):
-                try:
-                    module.check()
-                except CheckpointError as error:
-                    raise CheckpointError(f"module {path}: {error}") from error
+            if not isinstance(module, TermModule):
+                continue
+            try:
+                module.check()
+            except CheckpointError as error:
+                raise CheckpointError(f"module {path}: {error}") from error
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)  # loading made them trainable
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again, as it is."""

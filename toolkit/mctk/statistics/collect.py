@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..runtime import observe
+from ..terms import Bank, Bias
 from .needs import ExpertFrequency, LayerSamples, Need, RouterWeight, SecondMoment
 from .values import LayerStatistics, Moment
 
 if TYPE_CHECKING:
     from ..models import BankSite
-    from ..terms import Bank
 
 Tap = Callable[[int, torch.Tensor], None]  # member and its input rows [T, in]
 
@@ -25,14 +25,16 @@ class _MomentSum:
 
     def __init__(self, need: SecondMoment, bank: Bank, device: torch.device) -> None:
         shape = bank.shape
-        self.weight = bank.terms[0].tensors()["weight"] if need.side == "output" else None
+        # Outputs are those of the weights alone: a constant has no place in their moment.
+        linear = [term for term in bank.terms if term.kind != Bias.kind]
+        self.bank = Bank(bank.name, bank.layer, shape, linear) if need.side == "output" else None
         n = shape.in_features if need.side == "input" else shape.out_features
         self.value = torch.zeros(shape.members, n, n, dtype=torch.float32, device=device)
         self.count = torch.zeros(shape.members, dtype=torch.int64)
 
     def __call__(self, member: int, x: torch.Tensor) -> None:
-        if self.weight is not None:
-            x = nn.functional.linear(x, self.weight[member])
+        if self.bank is not None:
+            x = self.bank.apply(x.to(self.bank.terms[0].dtype), member)
         x = x.float()
         self.value[member].addmm_(x.T, x)
         self.count[member] += x.shape[0]
@@ -61,12 +63,17 @@ class LayerCollector:
     ) -> None:
         self.layer, self.index, self.sites = layer, index, sites
         self.needs = list(needs)
-        self.sums = {n: _MomentSum(n, banks[n.bank], device)
-                     for n in self.needs if isinstance(n, SecondMoment)}
+        self.sums = {
+            n: _MomentSum(n, banks[n.bank], device)
+            for n in self.needs
+            if isinstance(n, SecondMoment)
+        }
         experts = next((s.shape.members for s in sites.values() if s.part == "down"), 0)
         self.frequency = torch.zeros(experts, dtype=torch.int64)
         self.router_weight = torch.zeros(experts, dtype=torch.float64)
-        self.samples: list[torch.Tensor] = []
+        self.samples: dict[LayerSamples, list[torch.Tensor]] = {
+            need: [] for need in self.needs if isinstance(need, LayerSamples)
+        }
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -107,16 +114,14 @@ class LayerCollector:
 
     def sample(self, inputs: list[torch.Tensor]) -> None:
         """Keeps the first sequences that enter the layer ([B, T, H] a batch), if asked for."""
-        for need in self.needs:
-            if not isinstance(need, LayerSamples):
-                continue
+        for need, samples in self.samples.items():
             kept = 0
             for batch in inputs:
                 if kept >= need.tokens:
                     break
                 rows = -(-(need.tokens - kept) // batch.shape[1])
-                self.samples.append(batch[:rows].cpu().clone())
-                kept += self.samples[-1].shape[0] * batch.shape[1]
+                samples.append(batch[:rows].cpu().clone())
+                kept += samples[-1].shape[0] * batch.shape[1]
 
     def result(self) -> LayerStatistics:
         """The layer's statistics, on the CPU."""
@@ -130,7 +135,7 @@ class LayerCollector:
             elif isinstance(need, RouterWeight):
                 values[need] = self.router_weight
             elif isinstance(need, LayerSamples):
-                values[need] = torch.cat(self.samples)
+                values[need] = torch.cat(self.samples[need])
             else:
                 raise TypeError(f"no collector for {need!r}")
         return LayerStatistics(self.index, values, self.sites)

@@ -63,6 +63,11 @@ class LayerStatistics(Mapping[Need, Any]):
         value = self._values[key]
         return value() if callable(value) else value
 
+    def __contains__(self, need: object) -> bool:
+        # The inherited one would read the value to find out.
+        key = need.canonical(self._banks) if isinstance(need, SecondMoment) else need
+        return key in self._values
+
     def __iter__(self) -> Iterator[Need]:
         return iter(self._values)
 
@@ -72,6 +77,8 @@ class LayerStatistics(Mapping[Need, Any]):
 
 def size_of(need: Need, sites: Mapping[str, Any], hidden: int, itemsize: int, length: int) -> int:
     """Bytes that a statistic of one layer takes, for the plan.
+
+    Of samples that is an upper bound: less where there are fewer calibration tokens.
 
     Args:
         need: The statistic.
@@ -87,5 +94,5 @@ def size_of(need: Need, sites: Mapping[str, Any], hidden: int, itemsize: int, le
     if isinstance(need, LayerSamples):
         return -(-need.tokens // length) * length * hidden * itemsize
     if isinstance(need, ExpertFrequency | RouterWeight):
-        return 8 * max(site.shape.members for site in sites.values())
+        return 8 * max((s.shape.members for s in sites.values() if s.part == "down"), default=0)
     raise TypeError(f"unknown need {need!r}")

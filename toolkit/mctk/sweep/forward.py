@@ -88,6 +88,12 @@ class ForwardSweep:
             self._compare(index, hidden, call, done[0], calls[0][index])
             with model.layer(index) as module, torch.no_grad():
                 own = type(module).forward(module, hidden, *call.args, **call.kwargs)
+                hidden_of(own, type(module).__name__)
+                if not _same_call(call, calls[0][index]):
+                    raise UserError(
+                        f"{type(module).__name__}: layer {index} changes what it is passed beside "
+                        "hidden states, for other layers to see; not supported"
+                    )
                 inputs = done
 
                 def run(b: int) -> torch.Tensor:
@@ -95,7 +101,6 @@ class ForwardSweep:
 
                 outputs = visit(LayerVisit(index, module, inputs, run))
             done = [output.cpu() for output in outputs]
-            hidden_of(own, type(module).__name__)
             self._save(index + 1, done)
             return own
 
@@ -103,6 +108,7 @@ class ForwardSweep:
             logits = model._forward(self.batches[0])
         streamed = model.head(self.batches[0], done[0].to(model.device))
         if not torch.equal(logits, streamed):
+            self._check_finite(logits, "the logits are")
             raise UserError(
                 f"{type(model.model).__name__}: streaming its layers does not give the model's own "
                 "logits; the family is not supported"
@@ -119,17 +125,31 @@ class ForwardSweep:
         return hidden, calls
 
     def _compare(
-        self, index: int, own: torch.Tensor, own_call: LayerCall, ours: torch.Tensor, call: LayerCall
+        self,
+        index: int,
+        own: torch.Tensor,
+        own_call: LayerCall,
+        ours: torch.Tensor,
+        call: LayerCall,
     ) -> None:
         """The model's own forward must reach layer `index` with what the sweep has for it."""
         equal = torch.equal(own.cpu(), ours)
-        if equal and same(own_call.args, call.args) and same(own_call.kwargs, call.kwargs):
+        if equal and _same_call(own_call, call):
             return
+        self._check_finite(own, f"what enters layer {index} is")
         what = "arguments" if equal else "hidden states"
         raise UserError(
             f"{type(self.model.model).__name__}: layer {index} gets other {what} in the model's "
             "own forward than when streamed; the family is not supported"
         )
+
+    def _check_finite(self, values: torch.Tensor, what: str) -> None:
+        """NaN is equal to nothing: it must not be taken for a family that cannot be streamed."""
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"{type(self.model.model).__name__}: {what} not finite in {self.model.dtype}; try "
+                "another dtype"
+            )
 
     def _save(self, index: int, hidden: list[torch.Tensor]) -> None:
         if self.state is None:
@@ -146,13 +166,22 @@ class ForwardSweep:
             return [file.get_tensor(f"batch.{b}") for b in range(len(self.batches))]
 
     def saved_layer(self) -> int:
-        """The layer that the saved hidden states enter; 0 if there are none."""
+        """The layer that the saved hidden states enter; 0 if there are none that can be read."""
         if self.state is None or not self.state.exists():
             return 0
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(self.state), framework="pt", backend="pread") as file:
-            return int((file.metadata() or {"layer": "0"})["layer"])
+        try:
+            with safe_open(str(self.state), framework="pt", backend="pread") as file:
+                names = {f"batch.{b}" for b in range(len(self.batches))}
+                layer = int((file.metadata() or {}).get("layer", "0"))
+                return layer if names == set(file.keys()) else 0
+        except (OSError, SafetensorError, ValueError):
+            return 0
+
+
+def _same_call(a: LayerCall, b: LayerCall) -> bool:
+    return same(a.args, b.args) and same(a.kwargs, b.kwargs)
 
 
 def stream_logits(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Source, empty, fill, map_weights
+from ..checkpoint import Source, check_tied, empty, fill, map_weights
 from ..errors import UserError
 from ..models import build, find_layers, load_config, resolve_dtype
 
@@ -88,17 +88,26 @@ class StreamedModel:
         self.layers_path, self.layers = find_layers(self.model)
         self.weights = map_weights(self.model, source)
         prefixes = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
+        inside = tuple(f"{prefix}." for prefix in prefixes)
         self.layer_tensors = [self.weights.below(prefix) for prefix in prefixes]
         self.outer_tensors = self.weights.outside(prefixes)
-        strays = set(self.outer_tensors) & {
-            n for n in self.weights.targets if any(t.startswith(self.layers_path + ".") for t in
-                                                   self.weights.targets[n])
+        placed = set(self.outer_tensors).union(*self.layer_tensors)
+        strays = {
+            name
+            for name, targets in self.weights.targets.items()
+            if name not in placed
+            or (name in self.outer_tensors and any(t.startswith(inside) for t in targets))
         }
         if strays:
-            raise UserError(f"{sorted(strays)[0]}: belongs to several layers at once")
+            raise UserError(f"{min(strays)}: feeds several layers at once; not supported")
 
     def load_outer(self) -> None:
-        """Reads what is not in a decoder layer: embeddings, final norm, head."""
+        """Reads what is not in a decoder layer: embeddings, final norm, head.
+
+        Raises:
+            CheckpointError: A tensor is damaged, or config.json ties tensors that differ.
+        """
+        check_tied(self.source, self.weights)
         fill(self.model, self.source, self.outer_tensors, self.device)
         self.model.tie_weights()
         for module in self.model.modules():
@@ -118,8 +127,8 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One decoder layer with its weights; they are freed with the context."""
         module = self.layers[index]
-        fill(self.model, self.source, self.layer_tensors[index], self.device, module)
         try:
+            fill(self.model, self.source, self.layer_tensors[index], self.device, module)
             yield module
         finally:
             empty(module)
@@ -175,6 +184,8 @@ class StreamedModel:
 
         with self.replaced(record):
             self._forward(ids, last_only=True)
+        if len(calls) != len(self.layers):
+            raise UserError(f"{type(self.model).__name__}: calls only {len(calls)} of its layers")
         return first[0], calls
 
     def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""`mctk plan`: what a run will do and cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .run import recipe_options
+
+EPILOG = """\b
+Reads config.json and the headers of the weight files, never the weights, and finds every mistake
+that can be found there: keys, methods, targets, sizes, budget, damaged or missing files, too little
+calibration text. Sizes are exact unless an allocator decides by measured errors; then they are a
+bound, and the plan says so.
+
+\b
+Example:
+  mctk plan recipes/svdllm_demo.yaml --set budget.remove=0.6"""
+
+
+@click.command(epilog=EPILOG)
+@recipe_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def command(recipe: str, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Check RECIPE and show what it will do and cost."""
+    from mctk.evaluate.suite import resolve_device
+    from mctk.plan import describe, make_plan
+    from mctk.recipe import load_recipe
+    from mctk.registry import load_plugins
+
+    registry = load_plugins()
+    loaded = load_recipe(recipe, overrides=list(overrides), registry=registry, **flags)
+    plan = describe(make_plan(loaded, registry, resolve_device(loaded.device)))
+    if as_json:
+        click.echo(json.dumps(plan, indent=2))
+    else:
+        _show(plan)
+
+
+def _show(plan: dict[str, Any]) -> None:
+    from mctk.cli.tables import print_table, ranges
+    from mctk.report.tables import count, size
+
+    model, sizes = plan["model"], plan["sizes"]
+    click.echo(
+        f"{model['path']}: {model['type']}, {model['layers']} layers, computed in "
+        f"{model['dtype']} on {model['device']}\n"
+        f"writes {plan['output']['path']} (format: {plan['output']['kind']}; loads after "
+        "`import mctk`)\n"
+    )
+    for number, step in enumerate(plan["steps"], 1):
+        asked = f", size {step['size']}" if step["size"] else ""
+        asked += f" by allocate/{plan['allocate']}" if step["size"] == "auto" else ""
+        layers = ranges(step["layers"])
+        click.echo(
+            f"step {number}: {step['method']} on {', '.join(step['banks'])} of layers "
+            f"{layers}{asked}"
+        )
+    click.echo()
+    if sizes["planned"]:
+        rows = [
+            [
+                name.replace("_", " "),
+                count(value),
+                count(sizes["planned"][name]),
+                f"{sizes['planned'][name] / value:.1%}" if value else "",
+            ]
+            for name, value in sizes["original"].items()
+        ]
+        print_table(["", "original", "planned (exact)", "kept"], rows)
+    else:
+        print_table(
+            ["", "original"],
+            [[name.replace("_", " "), count(value)] for name, value in sizes["original"].items()],
+        )
+        if sizes["bound"]:
+            bound = sizes["bound"]
+            click.echo(
+                f"\nplanned: between {bound['least']:,} and {bound['most']:,} {bound['unit']} "
+                "(a bound: the allocator decides by measured errors)"
+            )
+    click.echo()
+    _show_layers(plan["layers"])
+    if plan["statistics"]:
+        click.echo()
+        print_table(
+            ["statistic", "layers", "on disk"],
+            [[row["need"], row["layers"], size(row["bytes"])] for row in plan["statistics"]],
+        )
+    calibration, resources = plan["calibration"], plan["resources"]
+    click.echo()
+    if calibration:
+        checked = "enough text" if calibration["checked"] else f"not checked: {calibration['why']}"
+        click.echo(
+            f"calibration: {calibration['sequences']} sequences of {calibration['length']} tokens "
+            f"({checked})"
+        )
+    click.echo(
+        f"forward sweeps: {plan['sweeps']}; the weights are read {plan['weight_reads']} times, one "
+        "layer in memory at a time\n"
+        f"peak memory: about {size(resources['peak_memory'])} beside the libraries; disk: at most "
+        f"{size(resources['disk_output'])} for the output, {size(resources['disk_statistics'])} "
+        f"for statistics, {size(resources['disk_temporary'])} temporary"
+    )
+    for warning in plan["warnings"]:
+        click.echo(f"warning: {warning}")
+
+
+def _show_layers(rows: list[dict[str, Any]]) -> None:
+    """One line for each run of layers with the same sizes."""
+    from mctk.cli.tables import print_table, ranges
+    from mctk.report.tables import count
+
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        key = tuple(value for name, value in row.items() if name != "layer")
+        groups.setdefault(key, []).append(row["layer"])
+    lines = []
+    for (bank, members, out, columns, setting, parameters, original), layers in groups.items():
+        matrices = f"{members} × " if members > 1 else ""
+        kept = f"{parameters / original:.1%}" if parameters is not None else "decided by errors"
+        known = "" if parameters is None else count(parameters)
+        shown = "" if setting is None else setting
+        lines.append([ranges(layers), bank, f"{matrices}{out} × {columns}", shown, known, kept])
+    print_table(["layers", "bank", "matrices", "rank", "parameters", "kept"], lines)

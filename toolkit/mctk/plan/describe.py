@@ -1,0 +1,190 @@
+"""A plan in words and numbers: what `mctk plan` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import calibration_windows
+from ..errors import UserError
+from ..statistics import size_of
+from ..terms import DENSE
+from .plan import TOLERANCE, Plan
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Everything that a plan says, as JSON data.
+
+    Sizes are exact where they do not depend on data. Where an allocator decides by measured
+    errors they are a bound: at most the budget, at least the budget less the tolerance; the banks'
+    settings are unknown then.
+    """
+    recipe, model = plan.recipe, plan.model
+    sizes = None if plan.needs_curves else plan.solve()
+    predicted = plan.predict(sizes) if sizes is not None else None
+    exact = predicted is not None
+    planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
+    bound = None
+    if not exact and plan.allowed is not None and recipe.budget is not None:
+        unit = recipe.budget.unit
+        gone = plan.scope - plan.allowed
+        most = plan.original.as_dict()[unit] - gone
+        bound = {"unit": unit, "most": most, "least": most - int(TOLERANCE * plan.scope)}
+    return {
+        "model": {
+            "path": str(plan.source.path),
+            "type": model.config.model_type,
+            "layers": len(model.layers),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        "output": {"path": str(recipe.output), "kind": "mctk"},
+        "steps": [_step(plan, number) for number in range(len(recipe.steps))],
+        "allocate": recipe.allocate.method.name if recipe.allocate and plan.curves else None,
+        "sizes": {
+            "original": plan.original.as_dict(),
+            "planned": planned,
+            "exact": exact,
+            "bound": bound,
+        },
+        "layers": _layers(plan, sizes),
+        "statistics": _statistics(plan),
+        "sweeps": 1 if plan.needs else 0,
+        "weight_reads": 1 + bool(plan.needs) + plan.needs_curves + recipe.gate,
+        "calibration": check_calibration(plan),
+        "resources": resources(plan),
+        "warnings": plan.warnings,
+    }
+
+
+def _step(plan: Plan, number: int) -> dict[str, Any]:
+    step = plan.recipe.steps[number]
+    layers = plan.targets[number]
+    size = step.size
+    asked = None
+    if size is not None:
+        asked = "auto" if size.auto else f"rank {size.rank}" if size.rank else f"keep {size.keep}"
+    return {
+        "method": f"{step.stage}/{step.method.name}",
+        "version": step.method.version,
+        "banks": sorted({bank for banks in layers.values() for bank in banks}),
+        "layers": sorted(layers),
+        "size": asked,
+        "options": step.options.model_dump(mode="json"),
+    }
+
+
+def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
+    """Per layer and targeted bank: its shape, and its setting and parameters where known."""
+    changed = plan.layout(sizes) if sizes is not None else None
+    rows = []
+    for layer, sites in enumerate(plan.sites):
+        for name, site in sites.items():
+            steps = [n for n, targets in enumerate(plan.targets) if name in targets.get(layer, ())]
+            if not steps:
+                continue
+            setting = sizes[steps[-1], layer, name] if sizes is not None else None
+            terms = (changed or {}).get(layer, {}).get(name) or plan.original_terms(layer, site)
+            rows.append(
+                {
+                    "layer": layer,
+                    "bank": name,
+                    "members": site.shape.members,
+                    "out": site.shape.out_features,
+                    "in": site.shape.in_features,
+                    "setting": "dense" if setting == DENSE else setting,
+                    "parameters": (
+                        sum(term.parameters() for term in terms) if changed is not None else None
+                    ),
+                    "original_parameters": site.shape.parameters,
+                }
+            )
+    return rows
+
+
+def _statistics(plan: Plan) -> list[dict[str, Any]]:
+    """What is collected: each kind of need, in how many layers, how many bytes in all."""
+    if plan.recipe.calibration is None:
+        return []
+    length = plan.recipe.calibration.length
+    hidden = plan.model.config.get_text_config().hidden_size
+    found: dict[str, dict[str, Any]] = {}
+    for layer, needs in plan.needs.items():
+        for need in needs:
+            identity = need.identity()
+            settings = [str(v) for k, v in identity.items() if k not in ("kind", "version")]
+            name = f"{identity['kind']}({', '.join(settings)})"
+            row = found.setdefault(name, {"need": name, "layers": 0, "bytes": 0})
+            row["layers"] += 1
+            row["bytes"] += size_of(
+                need, plan.sites[layer], hidden, plan.model.dtype.itemsize, length
+            )
+    return list(found.values())
+
+
+def check_calibration(plan: Plan) -> dict[str, Any] | None:
+    """Draws the calibration sequences, so that too little text is found now.
+
+    Text that only a hub has is not fetched for a plan, and without a tokenizer in the model's
+    directory nothing can be counted; the plan then says that the text was not checked.
+
+    Raises:
+        UserError: There is too little text.
+    """
+    calibration = plan.recipe.calibration
+    if calibration is None:
+        return None
+    from ..evaluate.suite import load_tokenizer
+
+    known = {
+        "sequences": calibration.sequences,
+        "length": calibration.length,
+        "tokens": calibration.sequences * calibration.length,
+        "propagate": plan.recipe.propagate,
+    }
+    sources = calibration.source if isinstance(calibration.source, list) else [calibration.source]
+    if any(source.dataset is not None for source in sources):
+        return {**known, "checked": False, "why": "named datasets are fetched by the run"}
+    try:
+        tokenizer = load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
+    except UserError as error:
+        return {**known, "checked": False, "why": str(error)}
+    windows = calibration_windows(
+        tokenizer, calibration.source, calibration.sequences, calibration.length, plan.recipe.seed
+    )
+    return {**known, "checked": True, "digest": windows.digest}
+
+
+def resources(plan: Plan) -> dict[str, int]:
+    """Estimates in bytes: peak memory, and disk for output, statistics and temporary files.
+
+    Memory counts what scales with the model and the calibration set: a layer twice (as read and as
+    converted), embeddings and head, hidden states going in and out, the layer's statistics, and
+    float64 workspace for the largest decomposition.
+    """
+    recipe, model = plan.recipe, plan.model
+    itemsize = model.dtype.itemsize
+
+    def loaded(names: list[str]) -> int:
+        return sum(plan.source.tensors[name].numel for name in names) * itemsize
+
+    hidden = 0
+    by_layer: list[int] = [0]
+    if recipe.calibration is not None:
+        width = model.config.get_text_config().hidden_size
+        length = recipe.calibration.length
+        hidden = recipe.calibration.sequences * length * width * itemsize
+        by_layer += [
+            sum(size_of(need, plan.sites[layer], width, itemsize, length) for need in needs)
+            for layer, needs in plan.needs.items()
+        ]
+    shapes = [site.shape for sites in plan.sites for site in sites.values()]
+    side = max((min(s.out_features, s.in_features) for s in shapes), default=0)
+    layer_bytes = max(loaded(names) for names in model.layer_tensors)
+    workspace = 4 * 8 * side**2
+    peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + max(by_layer) + workspace
+    return {
+        "peak_memory": peak,
+        "disk_output": plan.original.bytes,
+        "disk_statistics": sum(by_layer),
+        "disk_temporary": hidden,
+    }
