@@ -69,21 +69,26 @@ def published(weight: Tensor, moment: Tensor, rank: int) -> Factors:
     return U[:, :rank] * root, (root[:, None] * Vh[:rank]) @ torch.linalg.inv(factor.float())
 
 
-def in_turns(candidates: dict[str, Callable[[], Factors]], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of each candidate in each round, after one unmeasured call of the first.
+def in_turns(
+    candidates: dict[str, Callable[[], Factors]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, Factors]]:
+    """Returns each candidate's seconds in each round, and its factors.
+
+    The first candidate is called once unmeasured, to load the libraries.
 
     Rounds alternate the order, so that nobody always runs on a cache that another has warmed.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    results: dict[str, Factors] = {}
     next(iter(candidates.values()))()
     for turn in range(repeats):
         names = list(candidates) if turn % 2 == 0 else list(candidates)[::-1]
         for name in names:
             start = clock()
-            candidates[name]()
+            results[name] = candidates[name]()
             seconds[name].append(clock() - start)
-    return seconds
+    return seconds, results
 
 
 def spread(values: list[float], digits: str = ".2f") -> str:
@@ -111,7 +116,7 @@ def compare(shape: tuple[int, int], kind: str, fraction: float, repeats: int, se
         candidates["metric_svd, outputs"] = lambda: metric_svd(
             weight, output_moment=output_moment
         ).factors(rank)
-    seconds = in_turns(candidates, repeats)
+    seconds, results = in_turns(candidates, repeats)
 
     # X = Q R: the loss over the tokens is that over the rows of R.
     triangle = torch.linalg.qr(x, mode="r").R
@@ -119,8 +124,8 @@ def compare(shape: tuple[int, int], kind: str, fraction: float, repeats: int, se
     optimum = float(singular[rank:].square().sum())
     print(f"\n{m} x {n}, rank {rank}, {kind}")
     print(f"  {'':20} {'seconds':24} {'times metric_svd':24} excess")
-    for name, make in candidates.items():
-        U, V = make()
+    for name in candidates:
+        U, V = results[name]
         error = (weight.double() - U.double() @ V.double()) @ triangle.t()
         excess = float(error.square().sum()) / optimum - 1
         ratios = [a / b for a, b in zip(seconds[name], seconds["metric_svd"], strict=True)]

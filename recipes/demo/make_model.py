@@ -201,6 +201,7 @@ def save_model(model: PreTrainedModel, out: Path, record: dict) -> None:
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     for path in fresh.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
         path.replace(out / path.name)
     fresh.rmdir()
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

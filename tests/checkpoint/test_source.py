@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -258,8 +259,11 @@ def test_the_single_file_counts_before_an_index_as_it_does_for_transformers(sing
 
 def test_wrong_hidden_size(single):
     edit(single, hidden_size=48)
-    message = refused(single, "model.safetensors", "config.json", "tensor ")
-    assert "(96, 32)" in message or "32" in message
+    refused(
+        single,
+        "model.safetensors: tensor lm_head.weight gives lm_head.weight the shape (96, 32)",
+        "config.json says (96, 48)",
+    )
 
 
 def test_one_experts_tensor_missing(single):
@@ -275,7 +279,7 @@ def test_one_experts_tensors_all_missing(single):
 
 def test_more_experts_than_there_are(single):
     edit(single, num_local_experts=6)
-    refused(single, "layers.0.block_sparse_moe.experts.4.w", "nor are", "asks for 6 experts")
+    refused(single, "layers.0.block_sparse_moe.experts.4.w", "(and 5 more)", "asks for 6 experts")
 
 
 def test_fewer_experts_than_there_are(single):
@@ -315,7 +319,7 @@ def test_tensors_that_nothing_reads_are_listed(single):
     rewrite(single, extra)
     model = StreamedModel(Source(single))
     assert sorted(model.weights.unread) == sorted(extra)
-    assert not set(extra) & {*model.outer_tensors, *sum(model.layer_tensors, [])}
+    assert not set(extra) & {*model.outer_tensors, *itertools.chain(*model.layer_tensors)}
 
 
 # Numbers.
@@ -355,7 +359,10 @@ def test_a_file_that_is_cut_after_it_was_opened(single):
     model = StreamedModel(Source(single))
     with (single / "model.safetensors").open("r+b") as file:
         file.truncate(5000)
-    with pytest.raises(Exception, match="(?i)read|incomplete|metadata|header"), model.layer(1):
+    with (
+        pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"),
+        model.layer(1),
+    ):
         pass
     assert all(p.is_meta for p in model.layers[1].parameters())
 
@@ -380,7 +387,7 @@ def test_unknown_model_type(single):
     ("key", "value", "word"),
     [
         ("quantization_config", {"quant_method": "fp8"}, "'fp8'"),
-        ("quantization_config", {"load_in_4bit": True}, "None"),
+        ("quantization_config", {"load_in_4bit": True}, "'unknown'"),
         ("quantization_config", "awq", "'awq'"),
         ("compression_config", {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
     ],

@@ -88,7 +88,7 @@ def test_killed_at_every_commit(recipe, tmp_path):
 def test_a_layer_that_was_damaged_is_written_again(recipe, tmp_path):
     assert start(recipe, tmp_path / "cache", tmp_path / "whole")[0] == 0
     expected = weights(tmp_path / "whole")
-    code, commits = start(recipe, tmp_path / "cache", tmp_path / "out", 9, True)
+    code, _ = start(recipe, tmp_path / "cache", tmp_path / "out", 9, True)
     assert code == -signal.SIGKILL
     manifest = json.loads((tmp_path / "out" / ".mctk" / "manifest.json").read_text())
     for record in manifest["layers"].values():
@@ -98,9 +98,7 @@ def test_a_layer_that_was_damaged_is_written_again(recipe, tmp_path):
     assert weights(tmp_path / "out") == expected
 
 
-def test_another_recipe_or_model_in_the_same_directory_is_refused(
-    write_recipe, tmp_path, cache
-):
+def test_another_recipe_or_model_in_the_same_directory_is_refused(write_recipe, tmp_path, cache):
     registry = load_plugins()
 
     def go(**changes: object) -> None:

@@ -55,9 +55,7 @@ def test_sizes_of_plan_terms_and_files_agree(write_recipe, registry, cache, tmp_
 @pytest.mark.parametrize("storage", ["plain", "pivoted"])
 @pytest.mark.parametrize("unit", ["parameters", "bytes"])
 @pytest.mark.parametrize("of", ["model", "experts", "targets"])
-def test_budgets_are_met_in_every_unit_and_scope(
-    write_recipe, registry, cache, of, unit, storage
-):
+def test_budgets_are_met_in_every_unit_and_scope(write_recipe, registry, cache, of, unit, storage):
     from mctk.plan import make_plan
 
     path = write_recipe(
@@ -97,15 +95,15 @@ def test_nothing_loads_the_model_whole(write_recipe, registry, cache, monkeypatc
         raise AssertionError("from_pretrained was called")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
-    metrics = go(write_recipe(gate=True), registry, cache)  # its gate's fresh process is another process
+    metrics = go(
+        write_recipe(gate=True), registry, cache
+    )  # its gate's fresh process is another process
     assert metrics["gate"]["streamed_equal"]
 
 
 def test_a_second_run_finds_all_statistics_in_the_cache(write_recipe, registry, cache, tmp_path):
     first = go(write_recipe(), registry, cache)
-    second = go(
-        write_recipe("other", output=str(tmp_path / "other")), registry, cache
-    )
+    second = go(write_recipe("other", output=str(tmp_path / "other")), registry, cache)
     assert first["statistics"]["sweeps"] == 1 and first["statistics"]["cache_misses"] > 0
     assert second["statistics"] == {
         "cache_hits": first["statistics"]["cache_misses"],
@@ -129,18 +127,14 @@ def test_a_set_of_runs_gives_what_single_runs_give(write_recipe, registry, cache
 
 
 def test_without_calibration_a_data_free_method_runs(write_recipe, registry, cache):
-    metrics = go(
-        write_recipe(calibration=None, steps=[{"decompose": "svd"}]), registry, cache
-    )
+    metrics = go(write_recipe(calibration=None, steps=[{"decompose": "svd"}]), registry, cache)
     assert metrics["calibration"] is None
     assert metrics["layers"][0]["banks"]["experts.gate"]["relative_weight_error"] > 0
 
 
 def test_by_loss_spends_the_budget_where_it_helps(write_recipe, registry, cache, tmp_path):
     uniform = go(write_recipe(), registry, cache)
-    path = write_recipe(
-        "loss", output=str(tmp_path / "loss"), allocate={"method": "by_loss"}
-    )
+    path = write_recipe("loss", output=str(tmp_path / "loss"), allocate={"method": "by_loss"})
     by_loss = go(path, registry, cache)
     assert by_loss["budget"]["attained"] <= by_loss["budget"]["allowed"]
     assert by_loss["budget"]["shortfall_fraction"] <= 0.005
@@ -152,7 +146,9 @@ def test_by_loss_spends_the_budget_where_it_helps(write_recipe, registry, cache,
 
 
 def test_the_trace_measures_what_was_lost(write_recipe, registry, cache):
-    rows = [row for layer in go(write_recipe(), registry, cache)["layers"] for row in layer["trace"]]
+    rows = [
+        row for layer in go(write_recipe(), registry, cache)["layers"] for row in layer["trace"]
+    ]
     assert {row["bank"] for row in rows} == {"experts.gate", "experts.up", "experts.down"}
     assert all(0 < row["bank_error"] < 1 and 0 < row["layer_error"] < 1 for row in rows)
 
@@ -161,15 +157,27 @@ def test_companions_and_reports_are_written(write_recipe, registry, cache, tmp_p
     path = write_recipe(
         evaluate={
             "perplexity": [
-                {"name": "bible", "text": str(TEXT / "test" / "bible.jsonl"), "length": 64,
-                 "windows": 6}
+                {
+                    "name": "bible",
+                    "text": str(TEXT / "test" / "bible.jsonl"),
+                    "length": 64,
+                    "windows": 6,
+                }
             ]
         }
     )
     metrics = go(path, registry, cache)
     out = tmp_path / "out"
-    for name in ("tokenizer.json", "generation_config.json", "report.md", "README.md",
-                 "metrics.json", "run.log", "recipe.yaml", "config.json"):
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "report.md",
+        "README.md",
+        "metrics.json",
+        "run.log",
+        "recipe.yaml",
+        "config.json",
+    ):
         assert (out / name).is_file(), name
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert metrics["evaluation"]["compressed"]["perplexity"]["bible"]["windows"] == 6

@@ -107,7 +107,7 @@ def test_whatever_is_no_bank_is_a_router_or_a_vector(family):
 
 
 def test_routers_that_are_linear_layers_are_no_banks():
-    # As in Granite's checkpoints of old and in Qwen2-MoE, whose shared expert has a gate of its own.
+    # As in Granite's checkpoints of old, and in Qwen2-MoE, whose shared expert has a gate.
     granite = find_layers(ours("granitemoe"))[1][0]
     block = granite.block_sparse_moe
     block.router = nn.Module()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from mctk.errors import CheckpointError, UserError
-from mctk.runtime import GUARD, MctkConfig, checkpoint_config
+from mctk.runtime import GUARD, MctkConfig, TermLinear, checkpoint_config, load_providers
+from mctk.terms import BankShape, Dense, kinds, registry
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 ALL = [*families.FAMILIES, "llama"]
 SOME = ("mixtral", "gpt_oss", "deepseek_v3", "llama")
@@ -73,7 +76,7 @@ def test_missing_tensor_is_an_error(checkpoints, tmp_path):
     lost = next(name for name in sorted(tensors) if "experts.terms_down_0" in name)
     del tensors[lost]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"no tensor .*experts\.terms_down_0_weight"):
+    with pytest.raises(CheckpointError, match=r"no tensor .*experts\.terms_down_0_cols"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -99,6 +102,39 @@ def test_missing_provider_is_named(checkpoints, tmp_path):
     edit(directory, lambda config: config["quantization_config"].update(providers=["mctk-none"]))
     with pytest.raises(CheckpointError, match="plugin 'mctk-none', which is not installed"):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_installed_provider_brings_its_kinds(monkeypatch):
+    class Scaled(Dense):
+        kind = "scaled_for_test"
+
+    class Point:
+        name, dist = "mctk_scaled", None
+
+        def load(self):
+            return SimpleNamespace(kinds=lambda: [Scaled])
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point()])
+    monkeypatch.setattr("mctk.terms.registry._kinds", dict(registry._kinds))
+    load_providers(["mctk_scaled"])
+    assert kinds()["scaled_for_test"] == "mctk_scaled"
+    term = Scaled(BankShape(1, 5, 6), [0], torch.ones(1, 5, 6))
+    assert term.spec()["provider"] == "mctk_scaled"
+    linear = TermLinear(6, 5, [term.spec()])
+    linear.set_terms("linear", [term])
+    assert torch.equal(linear(torch.ones(2, 6)), torch.full((2, 5), 6.0))
+
+
+def test_broken_provider_is_named(monkeypatch):
+    class Point:
+        name, dist = "mctk_broken", None
+
+        def load(self):
+            raise ImportError("no module named 'triton'")
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point()])
+    with pytest.raises(CheckpointError, match=r"'mctk_broken', which cannot be imported: .*triton"):
+        load_providers(["mctk_broken"])
 
 
 def test_unknown_module_is_named(checkpoints, tmp_path):
@@ -157,6 +193,19 @@ def test_saving_a_config_alone_keeps_the_guard(checkpoints, tmp_path):
     # A model of that configuration can be built, as for any other checkpoint.
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_config_of_a_loaded_model_loads_again(checkpoints):
+    first = AutoModelForCausalLM.from_pretrained(checkpoints / "olmoe")
+    second = AutoModelForCausalLM.from_pretrained(checkpoints / "olmoe", config=first.config)
+    assert any("terms_" in name for name in second.state_dict())
+
+
+def test_parallel_loading_is_refused(checkpoints):
+    with pytest.raises(UserError, match="tensor or expert parallel"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoints / "olmoe", distributed_config=DistributedConfig(tp_plan="auto")
+        )
 
 
 def test_adapters_on_a_loaded_model_get_gradients(checkpoints):

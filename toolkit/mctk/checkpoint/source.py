@@ -182,8 +182,11 @@ class Source:
 
         Reads by `pread`, not by a memory map: mapped pages would count as ours until closed, and
         a layer's would add up to twice its size.
+
+        Raises:
+            CheckpointError: A file has changed or gone since its header was read.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -191,10 +194,15 @@ class Source:
         with contextlib.ExitStack() as stack:
             found: dict[str, Any] = {}
             for file, members in by_file.items():
-                handle = stack.enter_context(
-                    safe_open(str(self.path / file), framework="pt", backend="pread")
-                )
-                found.update({name: handle.get_slice(name) for name in members})
+                try:
+                    handle = stack.enter_context(
+                        safe_open(str(self.path / file), framework="pt", backend="pread")
+                    )
+                    found.update({name: handle.get_slice(name) for name in members})
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(
+                        f"{self.path / file}: cannot be read any more: {error}"
+                    ) from error
             yield found
 
     def fingerprint(self, cache: Path) -> str:

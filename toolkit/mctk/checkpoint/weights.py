@@ -258,9 +258,9 @@ def _check_members(source: Source, members: list[TensorInfo], count: int) -> Non
     ]
     if missing:
         file = next(iter(next(iter(kinds.values())).values())).file
-        more = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{source.path / file}: tensor {missing[0]} is missing{more}; {config_file} asks for "
+            f"{source.path / file}: tensor {missing[0]}{more} is missing; {config_file} asks for "
             f"{count} experts"
         )
     for _, experts in sorted(kinds.items()):

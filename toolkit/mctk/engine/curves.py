@@ -90,9 +90,7 @@ def _layer_curves(
             step = next(
                 step
                 for number, step in enumerate(plan.recipe.steps)
-                if step.method.takes_size
-                and step.size.auto
-                and name in plan.targets[number].get(layer, ())
+                if step.auto and name in plan.targets[number].get(layer, ())
             )
             if step.method.units != "squared_error":
                 raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from ..data import TokenWindows, calibration_windows
 from ..errors import UserError

@@ -7,6 +7,7 @@ residual stream), and of each bank's output on the inputs that it gets in the or
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,32 +55,23 @@ class LayerTrace:
         )
 
     def _run(self, listen: bool = False) -> list[torch.Tensor]:
-        handles = self._listen() if listen else []
-        try:
-            with torch.no_grad():
-                return [
-                    self.model.run_layer(self.index, x.to(self.model.device), call)
-                    for x, call in zip(self.samples.split(1), self.calls, strict=True)
-                ]
-        finally:
-            for remove in handles:
-                remove()
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            if listen:
+                self._listen(stack)
+            return [
+                self.model.run_layer(self.index, x.to(self.model.device), call)
+                for x, call in zip(self.samples.split(1), self.calls, strict=True)
+            ]
 
-    def _listen(self) -> list[Callable[[], None]]:
-        """Records what enters every bank of the original layer."""
+    def _listen(self, stack: contextlib.ExitStack) -> None:
+        """Records what enters every bank of the original layer, until the stack unwinds."""
         modules = dict(self.module.named_modules())
-        removers: list[Callable[[], None]] = []
-        experts: set[str] = set()
+        for path in {site.module for site in self.sites.values() if site.part != "linear"}:
+            stack.enter_context(observe(modules[path], self._expert_tap()))
         for name, site in self.sites.items():
             if site.part == "linear":
                 handle = modules[site.module].register_forward_pre_hook(self._linear_tap(name))
-                removers.append(handle.remove)
-            elif site.module not in experts:
-                experts.add(site.module)
-                context = observe(modules[site.module], self._expert_tap())
-                context.__enter__()
-                removers.append(lambda context=context: context.__exit__(None, None, None))
-        return removers
+                stack.callback(handle.remove)
 
     def _linear_tap(self, name: str) -> Callable[..., None]:
         def tap(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -42,7 +42,7 @@ def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
         )
     for key in ("quantization_config", "compression_config"):
         settings = raw.get(key)
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
         if settings and method != "mctk":
             raise CheckpointError(
                 f"{path / 'config.json'}: {key}: weights quantised by {method!r} cannot be "

@@ -19,7 +19,7 @@ def set_budget(plan: Plan) -> None:
     auto = [
         (number, layer, bank)
         for number, step in enumerate(recipe.steps)
-        if step.method.takes_size and step.size.auto
+        if step.auto
         for layer, banks in plan.targets[number].items()
         for bank in banks
     ]
@@ -47,7 +47,7 @@ def set_budget(plan: Plan) -> None:
     explicit = {
         (number, layer, bank): plan.setting(step, layer, bank, {})
         for number, step in enumerate(recipe.steps)
-        if not (step.method.takes_size and step.size.auto)
+        if not step.auto
         for layer, banks in plan.targets[number].items()
         for bank in banks
     }
@@ -77,6 +77,7 @@ def set_budget(plan: Plan) -> None:
 
 def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
     """What the budget's scope costs in the original."""
+    assert plan.recipe.budget is not None
     of = plan.recipe.budget.of
     if of == "model":
         return total

@@ -90,7 +90,8 @@ class Plan:
         """
         chosen: dict[Item, int] = {}
         allocate = self.recipe.allocate
-        if self.curves and allocate is not None:
+        if self.curves:
+            assert allocate is not None and self.budget is not None
             known = curves or self.curves
             picked = allocate.method.allocate(known, self.budget, allocate.options)
             chosen = {curve.item: curve.settings[picked[curve.item]] for curve in known}
@@ -108,8 +109,8 @@ class Plan:
         """
         changed: dict[int, dict[str, list[Term]]] = {}
         for number, step in enumerate(self.recipe.steps):
-            for layer, banks in self.targets[number].items():
-                for bank in banks:
+            for layer, names in self.targets[number].items():
+                for bank in names:
                     size = sizes[number, layer, bank]
                     if size == DENSE:
                         continue
@@ -170,24 +171,26 @@ class Plan:
 
     def setting(self, step: Step, layer: int, bank: str, chosen: Mapping[Item, int]) -> int | None:
         """A step's setting on one bank; `chosen` holds those of the auto banks."""
-        if not step.method.takes_size:
+        size = step.size
+        if size is None:
             return None
-        if step.size.auto:
+        if size.auto:
             return chosen[layer, bank]
         shape = self.sites[layer][bank].shape
-        if step.size.rank is not None:
-            if step.size.rank > min(shape.out_features, shape.in_features):
+        if size.rank is not None:
+            if size.rank > min(shape.out_features, shape.in_features):
                 raise UserError(
-                    f"steps: size: rank {step.size.rank} exceeds {bank} of layer {layer}, a "
+                    f"steps: size: rank {size.rank} exceeds {bank} of layer {layer}, a "
                     f"{shape.out_features} × {shape.in_features} matrix"
                 )
-            return step.size.rank
+            return size.rank
+        assert size.keep is not None  # a size that is not auto has a rank or a share
         settings, costs = step.method.sizes(shape, step.options)
-        allowed = step.size.keep * shape.parameters
+        allowed = size.keep * shape.parameters
         fitting = [s for s, c in zip(settings, costs, strict=True) if c <= allowed]
         if not fitting:
             raise UserError(
-                f"steps: keep {step.size.keep} of {bank} in layer {layer} is below its smallest "
+                f"steps: size: keep {size.keep} of {bank} in layer {layer} is below its smallest "
                 f"size, {costs[0] / shape.parameters:.3f}"
             )
         return fitting[-1]

@@ -21,7 +21,7 @@ from .names import IMPLEMENTATION, is_ours
 from .owner import TermModule
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
 _OBSERVER = "_mctk_observer"
 
 

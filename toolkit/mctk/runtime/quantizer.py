@@ -73,6 +73,13 @@ class MctkConfig(QuantizationConfigMixin):
         self.providers = list(providers)
         self.method = method
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Lets transformers read the object as the dict that config.json holds.
+
+        It does so in `from_pretrained(..., config=model.config)`.
+        """
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
         """The object as config.json has it."""
         values = copy.deepcopy(self.__dict__)
