@@ -32,9 +32,14 @@ model = AutoModelForCausalLM.from_pretrained(
 ).eval()
 model.set_experts_implementation("mctk")
 ids = load_file(folder + "/probe_ids.safetensors")["ids"].to(device)
-with torch.no_grad():
-    logits = model(input_ids=ids, use_cache=False).logits
-save_file({"logits": logits.cpu().contiguous()}, folder + "/probe_logits.safetensors")
+found = {}
+for name in ("mapped", "aligned"):
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    found[name] = logits.cpu().contiguous()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+save_file(found, folder + "/probe_logits.safetensors")
 """
 
 
@@ -67,6 +72,10 @@ def check_fresh_process(
 ) -> bool | None:
     """Loads the checkpoint with `from_pretrained` in a fresh process and compares the bits.
 
+    A tensor that does not start at a multiple of the processor's vectors, which copied tensors of
+    odd sizes can bring about in a memory-mapped file, is multiplied with other last bits. So the
+    bits may be met by the tensors as they are mapped, or once they are copied to aligned memory.
+
     Returns:
         True; or None where the model does not fit into memory and this was left out.
     """
@@ -88,11 +97,11 @@ def check_fresh_process(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise GateError(f"{output}: does not load in a fresh process:\n{done.stderr[-2000:]}")
-    logits = load_file(str(state / "probe_logits.safetensors"))["logits"]
+    found = load_file(str(state / "probe_logits.safetensors"))
     for name in ("probe_ids.safetensors", "probe_logits.safetensors"):
         (state / name).unlink()
-    if not torch.equal(logits, expected):
-        worst = float((logits.float() - expected.float()).abs().max())
+    if not any(torch.equal(logits, expected) for logits in found.values()):
+        worst = float((found["aligned"].float() - expected.float()).abs().max())
         raise GateError(
             f"{output}: from_pretrained in a fresh process gives other logits (by {worst:.3g})"
         )

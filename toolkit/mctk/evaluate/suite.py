@@ -231,10 +231,14 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a missing or bad tokenizer
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{path}: no usable tokenizer: {lines[0]}") from error
+    # Where the files are missing, some families give a tokenizer with an empty vocabulary.
+    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{path}: no usable tokenizer: it turns text into nothing")
+    return tokenizer
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
