@@ -13,7 +13,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from mctk.checkpoint import Source, locate, map_weights, read_header
+from mctk.checkpoint import Source, map_weights, read_header
 from mctk.errors import CheckpointError, UserError
 from mctk.models import build, load_config
 from mctk.sweep import StreamedModel
@@ -496,13 +496,3 @@ def test_the_fingerprint_is_recorded_only_once_files_have_settled(single, tmp_pa
     assert (cache / "fingerprints").exists()
     monkeypatch.setattr("hashlib.file_digest", None)  # a second time nothing is hashed
     assert Source(single).fingerprint(cache) == first
-
-
-def test_locate(tmp_path, monkeypatch):
-    assert locate(str(tmp_path)) == tmp_path
-    for name in (str(tmp_path / "none"), "./none", "a/b/c"):
-        with pytest.raises(UserError, match="no directory"):
-            locate(name)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"nobody/nothing is no directory here, and the hub gave"):
-        locate("nobody/nothing")

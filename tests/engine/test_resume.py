@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mctk.engine.workspace import Workspace
 from mctk.errors import UserError
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
+
+from tests.engine.conftest import save_mixtral
 
 
 def work(recipe: Path, cache: Path, output: Path, fatal: int | None, after: bool, count) -> None:
@@ -98,7 +101,9 @@ def test_a_layer_that_was_damaged_is_written_again(recipe, tmp_path):
     assert weights(tmp_path / "out") == expected
 
 
-def test_another_recipe_or_model_in_the_same_directory_is_refused(write_recipe, tmp_path, cache):
+def test_another_recipe_or_model_in_the_same_directory_is_refused(
+    write_recipe, tmp_path, cache, mixtral
+):
     registry = load_plugins()
 
     def go(**changes: object) -> None:
@@ -109,6 +114,13 @@ def test_another_recipe_or_model_in_the_same_directory_is_refused(write_recipe, 
     before = weights(tmp_path / "out")
     with pytest.raises(UserError, match=r"holds another run \(recipe.budget.remove: 0.4 there"):
         go(budget={"remove": 0.5, "of": "experts"})
+    other = save_mixtral(tmp_path / "model", seed=1)  # at the path that the recipe named before
+    shutil.copytree(mixtral, tmp_path / "kept")
+    go(model=str(tmp_path / "kept"), output=str(tmp_path / "out2"))
+    shutil.rmtree(tmp_path / "kept")
+    other.rename(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"holds another run \(model: "):
+        go(model=str(tmp_path / "kept"), output=str(tmp_path / "out2"))
     assert weights(tmp_path / "out") == before
 
 

@@ -9,7 +9,8 @@ from .accounting import (
     original_terms,
     terms_in,
 )
-from .source import Source, TensorInfo, locate, read_header
+from .hub import open_source
+from .source import Source, TensorInfo, read_header
 from .weights import WeightMap, check_tied, empty, fill, map_weights
 
 __all__ = [
@@ -23,9 +24,9 @@ __all__ = [
     "empty",
     "experts_per_token",
     "fill",
-    "locate",
     "macs",
     "map_weights",
+    "open_source",
     "original_terms",
     "read_header",
     "terms_in",

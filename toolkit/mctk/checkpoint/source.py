@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -134,16 +134,20 @@ def _weight_files(path: Path) -> dict[str, str] | None:
 
 
 class Source:
-    """A local model directory: its config.json and the headers of its weight files.
+    """A model directory: its config.json and the headers of its weight files.
 
     Args:
         path: The directory.
+        headers: File → tensors, where the headers come from elsewhere (the hub) and the directory
+            holds no weights: good for planning, not for reading.
 
     Raises:
         CheckpointError: Anything missing, damaged, truncated or pointing outside the directory.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, headers: dict[str, dict[str, TensorInfo]] | None = None
+    ) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise CheckpointError(f"{self.path}: no config.json; is it a model directory?")
@@ -153,12 +157,16 @@ class Source:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{self.path / 'config.json'}: is no JSON object")
-        weight_map = _weight_files(self.path)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+        weight_map = None if headers is not None else _weight_files(self.path)
+        if headers is not None:
+            names = sorted(headers)
+        else:
+            names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         # As for transformers, what a file holds counts, not only what the index says it holds.
         self.tensors: dict[str, TensorInfo] = {}
         for name in names:
-            for tensor, info in read_header(self.path / name).items():
+            found = headers[name] if headers is not None else read_header(self.path / name)
+            for tensor, info in found.items():
                 if tensor in self.tensors:
                     raise CheckpointError(
                         f"{self.path / name}: tensor {tensor} is in {self.tensors[tensor].file} too"
@@ -239,26 +247,3 @@ class Source:
             record.parent.mkdir(parents=True, exist_ok=True)
             write_text(record, total.hexdigest())
         return total.hexdigest()
-
-
-def locate(model: str, revision: str | None = None) -> Path:
-    """Returns the local directory of a model: a path as it is, a hub id by way of the hub's cache.
-
-    Raises:
-        UserError: Neither a directory nor a model that the hub (or its cache) has.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(f"model: no directory {model}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(
-            f"model: {model} is no directory here, and the hub gave: "
-            f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason')}"
-        ) from error

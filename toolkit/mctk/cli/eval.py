@@ -121,7 +121,7 @@ def command(
 
     from transformers.utils import logging
 
-    from mctk.checkpoint import locate
+    from mctk.checkpoint import open_source
     from mctk.evaluate import compare, evaluate_model
     from mctk.recipe import Evaluate, PerplexityText
 
@@ -137,7 +137,7 @@ def command(
                 continue
             prefix = f"{side}: " if baseline else ""
             found[side] = evaluate_model(
-                locate(path),
+                open_source(path).path,
                 section,
                 device=device,
                 dtype=dtype,

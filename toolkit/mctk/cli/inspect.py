@@ -32,12 +32,12 @@ def command(
     model: str, revision: str | None, layers: bool, trust_remote_code: bool, as_json: bool
 ) -> None:
     """Show MODEL's architecture, banks, parameters by part and compressed terms."""
-    from mctk.checkpoint import Source, locate
+    from mctk.checkpoint import open_source
     from mctk.registry import load_plugins
     from mctk.sweep import StreamedModel
 
     load_plugins().register_kinds()
-    source = Source(locate(model, revision))
+    source = open_source(model, revision, weights=False)
     streamed = StreamedModel(source, trust_remote_code=trust_remote_code)
     found = inspect_model(streamed)
     if as_json:

@@ -32,7 +32,8 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool, **flags: Any
 
     registry = load_plugins()
     loaded = load_recipe(recipe, overrides=list(overrides), registry=registry, **flags)
-    plan = describe(make_plan(loaded, registry, resolve_device(loaded.device)))
+    device = resolve_device(loaded.device)
+    plan = describe(make_plan(loaded, registry, device, weights=False))
     if as_json:
         click.echo(json.dumps(plan, indent=2))
     else:

@@ -426,7 +426,7 @@ def _metrics(
         }
     return {
         "mctk_version": versions().get("mctk"),
-        "versions": {**versions(), "platform": sys.platform},
+        "versions": {**_libraries(), "platform": sys.platform},
         "command": shlex.join(command) if command else None,
         "recipe": recipe.canonical(),
         "recipe_text": recipe.yaml(),
@@ -469,6 +469,11 @@ def _license(path: Path) -> str | None:
         return None  # the card is for people; a broken one says nothing of the licence
     found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None
+
+
+def _libraries() -> dict[str, str]:
+    """Versions of what the numbers depend on besides mctk's own."""
+    return {name: version for name, version in versions().items() if name != "mctk"}
 
 
 def _token_warnings(layers: list[dict[str, Any]]) -> list[str]:

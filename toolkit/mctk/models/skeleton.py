@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def build(
             if getattr(part, record, None):
                 setattr(part, record, False)
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _empty_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
@@ -109,6 +110,27 @@ def build(
     if quantization is not None:
         swap_from_config(model, quantization)
     return model.eval()
+
+
+def _empty_on_meta() -> contextlib.AbstractContextManager:
+    """While open, `torch.empty` gives meta tensors.
+
+    `init_empty_weights` moves a parameter to meta once it is made; a stack of experts may be larger
+    than the memory that making it takes.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class EmptyOnMeta(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if function is torch.empty and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    return EmptyOnMeta()
 
 
 def has_experts_interface(model: PreTrainedModel) -> bool:

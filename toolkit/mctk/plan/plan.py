@@ -19,7 +19,7 @@ from ..checkpoint import (
     Source,
     count,
     experts_per_token,
-    locate,
+    open_source,
     original_terms,
 )
 from ..checkpoint.weights import TORCH_DTYPES
@@ -214,7 +214,11 @@ def count_model(
 
 
 def make_plan(
-    recipe: Recipe, registry: Registry, device: str = "cpu", model: StreamedModel | None = None
+    recipe: Recipe,
+    registry: Registry,
+    device: str = "cpu",
+    model: StreamedModel | None = None,
+    weights: bool = True,
 ) -> Plan:
     """Plans a run: reads config.json and headers, never weights.
 
@@ -223,13 +227,15 @@ def make_plan(
         registry: The plugins.
         device: Where it will compute.
         model: The recipe's model, where another run has opened it already.
+        weights: Whether the weights will be read afterwards; if not, a hub model's weights are
+            not downloaded.
 
     Raises:
         UserError: Whatever is wrong with the model, the targets, the sizes or the budget.
     """
     registry.register_kinds()
     if model is None:
-        source = Source(locate(recipe.model, recipe.revision))
+        source = open_source(recipe.model, recipe.revision, weights)
         model = StreamedModel(source, device, recipe.dtype, recipe.trust_remote_code)
     if "quantization_config" in model.source.config:
         raise UserError(
