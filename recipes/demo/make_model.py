@@ -9,7 +9,8 @@ Steps, each skipped when its result is in ``--work`` already (so that a stopped 
    training with a load-balancing loss for every layer by itself.
 
 A phase's length is given in minutes (for a deadline) or in steps (the same result every time, on
-the same machine). ``--from-scratch`` forgets what ``--work`` holds.
+the same machine). ``--restart`` forgets what ``--work`` holds; ``--from-scratch`` trains a mixture
+without steps 2 and 3's copying, for comparison: its experts share no common part.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from demo_mixture import SHAPE, VOCABULARY, BalanceLoss, upcycle
+from demo_mixture import EXPERTS, SHAPE, VOCABULARY, BalanceLoss, upcycle
 from demo_text import (
     DOMAINS,
     WINDOW,
@@ -37,6 +38,8 @@ from torch import nn
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -227,7 +230,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, required=True, help="its calibration folder")
     parser.add_argument("--work", type=Path, required=True, help="folder for training state")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--from-scratch", action="store_true", help="drop the saved state")
+    parser.add_argument("--restart", action="store_true", help="drop the saved state")
+    parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="no dense phase and no upcycling: the mixture's experts are drawn at random",
+    )
     parser.add_argument("--dense-minutes", type=float, default=15)
     parser.add_argument("--mixture-minutes", type=float, default=85)
     parser.add_argument("--dense-steps", type=int, help="instead of minutes")
@@ -257,7 +265,7 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    if args.from_scratch:
+    if args.restart:
         shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True, exist_ok=True)
     saved_tokenizer = args.work / "tokenizer"
@@ -277,14 +285,17 @@ def main() -> None:
     }
     held_out = {domain: windows[:HELD_OUT_WINDOWS] for domain, windows in held_out.items()}
     torch.manual_seed(args.seed)
-    dense = MistralForCausalLM(MistralConfig(**SHAPE))
-    # The dense rate falls to half only: the mixture takes over from a model still learning.
-    plan = Phase("dense", args.dense_minutes, args.dense_steps, args.dense_rate, 0.5)
-    dense_phase = train(dense, plan, stream, held_out, args)
-    if args.stop_after == "dense":
-        return
-
-    mixture = upcycle(dense, args.redrawn, args.seed)
+    dense_phase = None
+    if args.from_scratch:
+        mixture = MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS))
+    else:
+        dense = MistralForCausalLM(MistralConfig(**SHAPE))
+        # The dense rate falls to half only: the mixture takes over from a model still learning.
+        plan = Phase("dense", args.dense_minutes, args.dense_steps, args.dense_rate, 0.5)
+        dense_phase = train(dense, plan, stream, held_out, args)
+        if args.stop_after == "dense":
+            return
+        mixture = upcycle(dense, args.redrawn, args.seed)
     mixture.set_experts_implementation(args.experts)
     plan = Phase("mixture", args.mixture_minutes, args.mixture_steps, args.mixture_rate, 0.03)
     mixture_phase = train(mixture, plan, stream, held_out, args)
@@ -292,7 +303,7 @@ def main() -> None:
         "options": {key: str(value) for key, value in vars(args).items() if key not in PATHS},
         "training_tokens": len(stream),
         "parameters": sum(p.numel() for p in mixture.parameters()),
-        "dense": asdict(dense_phase),
+        "dense": asdict(dense_phase) if dense_phase else None,
         "mixture": asdict(mixture_phase),
     }
     save_model(mixture, args.out, record)
