@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.engine.conftest import DEMO, TEXT
+from tests.tiny_run import DEMO, TEXT
 
 PEAK = Path(__file__).parent / "peak_memory.py"
 CONFIG = {

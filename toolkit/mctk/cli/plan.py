@@ -98,6 +98,10 @@ def _show(plan: dict[str, Any]) -> None:
             f"calibration: {calibration['sequences']} sequences of {calibration['length']} tokens "
             f"({checked})"
         )
+    evaluation = plan["evaluation"]
+    if evaluation:
+        texts = [f"{name} ({n or 'all'} windows)" for name, n in evaluation["windows"].items()]
+        click.echo("evaluation: " + ", ".join([*texts, *evaluation["tasks"]]))
     click.echo(
         f"forward sweeps: {plan['sweeps']}; the weights are read {plan['weight_reads']} times, one "
         "layer in memory at a time\n"

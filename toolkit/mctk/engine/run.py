@@ -84,6 +84,10 @@ def run(
             reporter.add_log(workspace.output / "run.log")
         registry.hook.run_started(run=runs[0] if len(runs) == 1 else runs)
         todo = [r for r in runs if not r.workspace.manifest["finished"]]
+        for r in todo:
+            # First, so that a text or task that cannot be measured costs no hours of compression.
+            if r.plan.recipe.evaluate is not None:
+                _evaluate_original(r, directory, fingerprint, reporter)
         if todo:
             _compress_all(todo, windows, fingerprint, directory, registry, reporter)
         results = []
@@ -340,32 +344,46 @@ def _conclude(
 
 
 def _evaluate(run: Run, directory: Path, fingerprint: str, reporter: Reporter) -> dict[str, Any]:
-    """The original's figures, from the cache where they are known, and the result's."""
+    """The original's figures, measured before compression began, and the result's beside them."""
     recipe = run.plan.recipe
-    section = recipe.evaluate
-    assert section is not None
-    settings: dict[str, Any] = {
+    assert recipe.evaluate is not None
+    found: dict[str, Any] = {"original": _evaluate_original(run, directory, fingerprint, reporter)}
+    with reporter.phase("evaluate compressed", 1):
+        settings = _evaluation_settings(run)
+        found["compressed"] = evaluate_model(run.output, recipe.evaluate, **settings)
+        reporter.step("done")
+    found["paired"] = compare(found["original"], found["compressed"], recipe.seed)
+    return found
+
+
+def _evaluation_settings(run: Run) -> dict[str, Any]:
+    return {
         "device": str(run.plan.model.device),
         "dtype": str(run.plan.model.dtype).removeprefix("torch."),
-        "trust_remote_code": recipe.trust_remote_code,
+        "trust_remote_code": run.plan.recipe.trust_remote_code,
     }
-    found: dict[str, Any] = {}
-    with reporter.phase("evaluate", 2):
-        key = json.dumps(
-            [fingerprint, section.model_dump(mode="json"), settings, versions(), _texts(section)],
-            sort_keys=True,
-        )
-        known = directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-        if known.exists():
-            found["original"] = json.loads(known.read_text())
-        else:
-            found["original"] = evaluate_model(run.plan.source.path, section, **settings)
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_json(known, found["original"])
-        reporter.step("original")
-        found["compressed"] = evaluate_model(run.output, section, **settings)
-        reporter.step("compressed")
-    found["paired"] = compare(found["original"], found["compressed"], recipe.seed)
+
+
+def _evaluate_original(
+    run: Run, directory: Path, fingerprint: str, reporter: Reporter
+) -> dict[str, Any]:
+    """The original's figures, from the cache where they are known."""
+    section = run.plan.recipe.evaluate
+    assert section is not None
+    settings = _evaluation_settings(run)
+    key = json.dumps(
+        [fingerprint, section.model_dump(mode="json"), settings, versions(), _texts(section)],
+        sort_keys=True,
+    )
+    known = directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if known.exists():
+        found: dict[str, Any] = json.loads(known.read_text())
+        return found
+    with reporter.phase("evaluate original", 1):
+        found = evaluate_model(run.plan.source.path, section, **settings)
+        reporter.step("done")
+    known.parent.mkdir(parents=True, exist_ok=True)
+    write_json(known, found)
     return found
 
 

@@ -150,13 +150,17 @@ def describe(bank: Bank) -> str:
 def relative_weight_error(bank: Bank, original: Bank) -> float:
     """Squared Frobenius distance of a bank's matrices from the original's, over their energy."""
     error = energy = 0.0
+    # In float32: a product of factors taken in bfloat16 would be rounded once more, and CPUs are
+    # many times slower at it.
+    terms: list[Term] = [term.to(dtype=torch.float32) for term in bank.terms]
+    bank = Bank(bank.name, bank.layer, bank.shape, terms)
     for member in range(bank.shape.members):
         weight = bank.materialise(member)[0]
         exact = original.materialise(member)[0]
         if exact is None:
             continue
         exact = exact.float()
-        difference = exact if weight is None else exact - weight.float()
+        difference = exact if weight is None else exact - weight
         error += float(difference.square().sum(dtype=torch.float64))
         energy += float(exact.square().sum(dtype=torch.float64))
     return error / energy if energy and math.isfinite(error) else 0.0

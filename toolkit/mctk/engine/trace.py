@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ..models import BankSite, installed
 from ..runtime import observe
 from ..sweep import LayerCall, StreamedModel
-from ..terms import Bank
+from ..terms import Bank, Term
 
 
 class LayerTrace:
@@ -106,11 +107,13 @@ class LayerTrace:
     def bank_error(self, bank: Bank) -> float | None:
         """Relative squared error of a bank's output; None if no token reached it."""
         original = self.banks[bank.name]
+        terms: list[Term] = [term.to(dtype=torch.float32) for term in bank.terms]
+        bank = Bank(bank.name, bank.layer, bank.shape, terms)
         error = energy = 0.0
         for member, pieces in self.inputs.get(bank.name, {}).items():
             x = torch.cat(pieces).float()
-            exact = _apply(original, x, member)
-            error += float((_apply(bank, x, member) - exact).double().square().sum())
+            exact = _apply_exactly(original, x, member)
+            error += float((bank.apply(x, member) - exact).double().square().sum())
             energy += float(exact.double().square().sum())
         return error / energy if energy else None
 
@@ -134,7 +137,8 @@ class LayerTrace:
         return {n: banks[n] for n, site in self.sites.items() if site.module in modules}
 
 
-def _apply(bank: Bank, x: torch.Tensor, member: int) -> torch.Tensor:
-    """A bank's output [T, out] in float32."""
-    terms = [term.to(dtype=torch.float32) for term in bank.terms]
-    return Bank(bank.name, bank.layer, bank.shape, terms).apply(x, member)
+def _apply_exactly(bank: Bank, x: torch.Tensor, member: int) -> torch.Tensor:
+    """An original bank's output [T, out] in float32; only this member's matrix is converted."""
+    weight, bias = bank.materialise(member)
+    assert weight is not None
+    return functional.linear(x, weight.float(), None if bias is None else bias.float())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from ..data import calibration_windows
+from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
 from ..statistics import size_of
 from ..terms import DENSE
@@ -51,6 +52,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "sweeps": 1 if plan.needs else 0,
         "weight_reads": 1 + bool(plan.needs) + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
+        "evaluation": check_evaluation(plan),
         "resources": resources(plan),
         "warnings": plan.warnings,
     }
@@ -133,8 +135,6 @@ def check_calibration(plan: Plan) -> dict[str, Any] | None:
     calibration = plan.recipe.calibration
     if calibration is None:
         return None
-    from ..evaluate.suite import load_tokenizer
-
     known = {
         "sequences": calibration.sequences,
         "length": calibration.length,
@@ -145,13 +145,47 @@ def check_calibration(plan: Plan) -> dict[str, Any] | None:
     if any(source.dataset is not None for source in sources):
         return {**known, "checked": False, "why": "named datasets are fetched by the run"}
     try:
-        tokenizer = load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
-    except UserError as error:
+        tokenizer = _tokenizer(plan)
+    except _NoTokenizer as error:
         return {**known, "checked": False, "why": str(error)}
     windows = calibration_windows(
         tokenizer, calibration.source, calibration.sequences, calibration.length, plan.recipe.seed
     )
     return {**known, "checked": True, "digest": windows.digest}
+
+
+def check_evaluation(plan: Plan) -> dict[str, Any] | None:
+    """Cuts the local evaluation texts into windows, so that missing text is found now.
+
+    Raises:
+        UserError: A text is missing, or shorter than one window.
+    """
+    section = plan.recipe.evaluate
+    if section is None:
+        return None
+    windows: dict[str, int | None] = {}
+    for text in section.perplexity:
+        windows[text.name] = None  # a named dataset is fetched by the run
+        if text.dataset is None:
+            text.files()
+            with contextlib.suppress(_NoTokenizer):
+                tokenizer = _tokenizer(plan)
+                found = evaluation_windows(tokenizer, text, text.length, text.windows)
+                windows[text.name] = found.ids.shape[0]
+    return {"windows": windows, "tasks": list(section.tasks)}
+
+
+class _NoTokenizer(Exception):
+    """The model's directory has none that loads; text cannot be counted then."""
+
+
+def _tokenizer(plan: Plan) -> Any:
+    from ..evaluate.suite import load_tokenizer
+
+    try:
+        return load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
+    except UserError as error:
+        raise _NoTokenizer(str(error)) from error
 
 
 def resources(plan: Plan) -> dict[str, int]:
