@@ -15,6 +15,7 @@ without steps 2 and 3's copying, for comparison: its experts share no common par
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -301,6 +302,10 @@ def main() -> None:
     mixture_phase = train(mixture, plan, stream, held_out, args)
     record = {
         "options": {key: str(value) for key, value in vars(args).items() if key not in PATHS},
+        "training_text_sha256": {
+            domain: hashlib.sha256((args.text / f"{domain}.jsonl").read_bytes()).hexdigest()
+            for domain in DOMAINS
+        },
         "training_tokens": len(stream),
         "parameters": sum(p.numel() for p in mixture.parameters()),
         "dense": asdict(dense_phase) if dense_phase else None,

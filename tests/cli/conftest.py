@@ -24,6 +24,12 @@ def mctk(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def short(tmp_path):
+    """A text that is too short for any calibration, beside the recipe."""
+    (tmp_path / "short.txt").write_text("A text of a few words.")
+
+
+@pytest.fixture
 def refused(mctk):
     """Runs a command that must end with one line and exit code 2; returns the line."""
 

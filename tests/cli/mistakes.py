@@ -9,60 +9,83 @@ import pytest
 
 STEP = {"decompose": "svd_llm"}
 
-# What is changed in the recipe, and what the one line says; {file} is the recipe's path.
+# What is changed in the recipe; what stands in the line that is wrong, or None where it is none of
+# the recipe's; what the one line says, {at} being the place.
 IN_RECIPE = {
     "wrong key": (
         {"evalute": {}},
-        "{file}:15: key evalute: unknown key (did you mean 'evaluate'?)",
+        "evalute:",
+        "{at}: key evalute: unknown key (did you mean 'evaluate'?)",
     ),
     "wrong key below": (
         {"budget": {"remove": 0.4, "off": "experts"}},
-        "{file}:11: key budget.off: unknown key (did you mean 'of'?)",
+        "off:",
+        "{at}: key budget.off: unknown key (did you mean 'of'?)",
     ),
     "wrong method": (
         {"steps": [{"decompose": "svd_lm"}]},
-        "{file}:13: key steps.0.decompose: no method 'svd_lm' for stage 'decompose' "
+        "svd_lm",
+        "{at}: key steps.0.decompose: no method 'svd_lm' for stage 'decompose' "
         "(did you mean 'svd_llm'?)",
     ),
     "wrong option": (
         {"steps": [{**STEP, "options": {"rank_multiples": 8}}]},
-        "{file}:15: key steps.0.options.rank_multiples: unknown option of decompose/svd_llm "
+        "rank_multiples:",
+        "{at}: key steps.0.options.rank_multiples: unknown option of decompose/svd_llm "
         "(did you mean 'rank_multiple'?)",
     ),
     "option's type": (
         {"steps": [{**STEP, "options": {"rank_multiple": "many"}}]},
-        "{file}:15: key steps.0.options.rank_multiple: should be a valid integer, got \"many\"",
+        "rank_multiple:",
+        "{at}: key steps.0.options.rank_multiple: should be a valid integer, got \"many\"",
     ),
     "unknown bank": (
         {"steps": [{**STEP, "targets": "expert.*"}]},
-        "{file}:14: key steps.0.targets: no bank of the chosen layers matches expert.*",
+        "targets:",
+        "{at}: key steps.0.targets: no bank of the chosen layers matches expert.*",
     ),
     "layer too many": (
         {"steps": [{**STEP, "layers": "0-3"}]},
-        "{file}:14: key steps.0.layers: there is no layer 3; the last is 2",
+        "layers:",
+        "{at}: key steps.0.layers: there is no layer 3; the last is 2",
     ),
     "budget too tight": (
         {"budget": {"remove": 0.98}},
-        "{file}:10: key budget: at most",
+        "budget:",
+        "{at}: key budget: at most",
     ),
     "no calibration": (
         {"calibration": None},
+        None,
         "calibration is missing; the steps need",
     ),
     "too little text": (
         {"calibration": {"text": "short.txt", "sequences": 100, "length": 128}},
+        None,
         "calibration text 'short' gives ",
     ),
     "no text": (
         {"calibration": {"text": "nothing/*.txt"}},
+        None,
         "text: no file matches 'nothing/*.txt'",
     ),
-    "missing model": ({"model": "/no/such/model"}, "{file}:1: key model: there is no directory"),
+    "missing model": (
+        {"model": "/no/such/model"},
+        "model:",
+        "{at}: key model: there is no directory",
+    ),
 }
 
 each_in_recipe = pytest.mark.parametrize(
-    ("change", "message"), IN_RECIPE.values(), ids=IN_RECIPE.keys()
+    ("change", "written", "message"), IN_RECIPE.values(), ids=IN_RECIPE.keys()
 )
+
+
+def placed(recipe: Path, written: str | None, message: str) -> str:
+    """The message with the recipe's file and the line in which something is written."""
+    lines = recipe.read_text().splitlines()
+    at = next((n for n, line in enumerate(lines, 1) if written and written in line), None)
+    return message.format(at=f"{recipe}:{at}")
 
 
 def damage(model: Path, copy: Path, how: str) -> tuple[Path, str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.cli.mistakes import damage, each_damage, each_in_recipe
+from tests.cli.mistakes import damage, each_damage, each_in_recipe, placed
 from tests.tiny_run import TEXT
 
 
@@ -21,11 +21,6 @@ def contents(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != "lock"
     }
-
-
-@pytest.fixture
-def short(tmp_path):
-    (tmp_path / "short.txt").write_text("A text of a few words.")
 
 
 def test_a_run_says_what_it_does_and_what_came_out(mctk, write_recipe, tmp_path):
@@ -73,10 +68,10 @@ def test_json_and_quiet(mctk, write_recipe, tmp_path):
 
 @each_in_recipe
 def test_mistakes_are_one_line_with_their_place(
-    refused, write_recipe, short, tmp_path, change, message
+    refused, write_recipe, short, tmp_path, change, written, message
 ):
     recipe = write_recipe(**change)
-    assert message.format(file=recipe) in refused("run", recipe)
+    assert placed(recipe, written, message) in refused("run", recipe)
     assert not (tmp_path / "out").exists()
 
 
@@ -143,12 +138,11 @@ def test_nan_in_a_weight_names_file_and_tensor(
     mctk, refused, write_recipe, mixtral, tmp_path, method
 ):
     model = shutil.copytree(mixtral, tmp_path / "model")
-    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
-    [file] = [model / f for n, f in index.items() if n == name or "layers.1.mlp.experts.2" in n][:1]
+    name = next(n for n in index if "layers.1." in n and "experts.2." in n)
+    file = model / index[name]
     good = file.read_bytes()
     tensors = load_file(file)
-    name = next(n for n in tensors if "layers.1." in n and "experts.2" in n)
     tensors[name][3, 5] = torch.nan
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from .progress import Reporter
 from .shards import cast_terms, describe, relative_weight_error, write_layer
 from .trace import LayerTrace
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from ..registry import Registry
 
 
 @dataclass
@@ -104,6 +107,7 @@ def compress(
     sample: Sample,
     cache: StatisticsCache | None,
     reporter: Reporter,
+    registry: Registry,
 ) -> None:
     """Rewrites and writes all layers of all runs, each layer read once.
 
@@ -113,6 +117,7 @@ def compress(
         sample: The sequences that measure.
         cache: The statistics; None if there is no calibration.
         reporter: Progress.
+        registry: The plugins; `layer_done` is called for each layer of each run.
     """
     count = len(model.layers)
     starts = {id(run): run.finished_layers(count) for run in runs}
@@ -124,12 +129,12 @@ def compress(
     with reporter.phase("compress", count - first):
         for index in range(first, count):
             started = time.perf_counter()
+            notes = []
             with model.layer(index) as module:
-                notes = [
-                    _layer(run, model, index, module, sample, cache)
-                    for run in runs
-                    if starts[id(run)] <= index
-                ]
+                for run in runs:
+                    if starts[id(run)] <= index:
+                        notes.append(_layer(run, model, index, module, sample, cache))
+                        registry.hook.layer_done(run=run, layer=index)
             elapsed = time.perf_counter() - started
             reporter.step(f"layer {index} in {elapsed:.1f} s{''.join(notes)}")
 

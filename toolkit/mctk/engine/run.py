@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from ..data import TokenWindows, calibration_windows
 from ..errors import UserError
-from ..evaluate import compare, evaluate_model
-from ..evaluate.suite import load_tokenizer, resolve_device, versions
+from ..evaluate.suite import load_tokenizer, resolve_device
 from ..files import write_json, write_text
-from ..plan import TOLERANCE, Plan, count_model, make_plan
-from ..report import render_card, render_report
+from ..plan import Plan, count_model, make_plan
 from ..statistics import Need, StatisticsCache, cache_directory
 from ..terms import Term
 from .calibrate import cache_context, calibrate
 from .compress import Run, Sample, compress, prepare_sample, size_from_record, size_record
+from .conclude import conclude, evaluate_original
 from .curves import measure_curves
-from .gate import check_fresh_process, check_sizes, check_streamed
-from .memory import peak_device_bytes, peak_process_bytes
+from .gate import GateError, check_fresh_process, check_sizes, check_streamed
 from .progress import Reporter
 from .shards import copy_companions, write_config, write_index, write_outer
 from .workspace import Workspace
@@ -36,7 +29,6 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..registry import Registry
 
-OWNER = {"model": "the model's", "experts": "the experts'", "targets": "the targeted banks'"}
 PROBE_TOKENS = 64  # length of the gate's sequence where there is no calibration text
 
 
@@ -87,12 +79,12 @@ def run(
         for r in todo:
             # First, so that a text or task that cannot be measured costs no hours of compression.
             if r.plan.recipe.evaluate is not None:
-                _evaluate_original(r, directory, fingerprint, reporter)
+                evaluate_original(r, directory, fingerprint, reporter)
         if todo:
             _compress_all(todo, windows, fingerprint, directory, registry, reporter)
         results = []
         for r in runs:
-            results.append(_conclude(r, directory, fingerprint, reporter, started, command))
+            results.append(conclude(r, directory, fingerprint, reporter, started, command))
         return results
     finally:
         for r in runs:
@@ -184,9 +176,9 @@ def _compress_all(
                 "sweeps": sweeps,
             }
         r.workspace.save()
-    compress(model, runs, sample, cache, reporter)
+    compress(model, runs, sample, cache, reporter, registry)
     for r in runs:
-        _finish_files(r, sample, reporter, registry)
+        _finish_files(r, sample, reporter)
 
 
 def _union(plans: list[Plan]) -> dict[int, list[Need]]:
@@ -229,7 +221,7 @@ def restated(run: Run) -> dict[str, Any]:
     }
 
 
-def _finish_files(run: Run, sample: Sample, reporter: Reporter, registry: Registry) -> None:
+def _finish_files(run: Run, sample: Sample, reporter: Reporter) -> None:
     """Outer shard, index, config, companions; then the gate."""
     plan, workspace, model = run.plan, run.workspace, run.plan.model
     layers = workspace.manifest["layers"]
@@ -247,10 +239,7 @@ def _finish_files(run: Run, sample: Sample, reporter: Reporter, registry: Regist
     total = changed + sum(record["copied"] for record in records)
     total += workspace.manifest["outer"]["copied"]
     if changed == 0:
-        raise plan.recipe.error(
-            ("budget",) if plan.recipe.budget else (),
-            "0 tensors were changed: every bank was kept as it is; remove more",
-        )
+        raise GateError(f"{run.output}: 0 tensors differ from the original's")
     gate: dict[str, Any] = {"tensors_changed": changed, "tensors_total": total}
     check_sizes(plan.predict(run.sizes), parameters, nbytes)
     gate["sizes_equal"] = True
@@ -272,8 +261,6 @@ def _finish_files(run: Run, sample: Sample, reporter: Reporter, registry: Regist
     workspace.manifest["finished"] = True
     workspace.manifest["seconds"] = {k: round(v, 3) for k, v in reporter.seconds.items()}
     workspace.save()
-    for index in range(len(model.layers)):
-        registry.hook.layer_done(run=run, layer=index)
     for path in workspace.state.glob("gate-*.safetensors"):
         path.unlink()
 
@@ -316,193 +303,3 @@ def _meta_term(spec: dict[str, Any]) -> Term:
         for name, entry in spec["tensors"].items()
     }
     return Term.from_spec(spec, tensors)
-
-
-def _conclude(
-    run: Run,
-    directory: Path,
-    fingerprint: str,
-    reporter: Reporter,
-    started: float,
-    command: Sequence[str] | None,
-) -> dict[str, Any]:
-    """Evaluates, reports, and writes metrics.json; a finished run is taken up as it is."""
-    path = run.output / "metrics.json"
-    section = run.plan.recipe.evaluate
-    asked = section.model_dump(mode="json") if section else None
-    if path.exists() and run.workspace.manifest.get("evaluated", "") == asked:
-        reporter.say(f"{run.output} is finished already")
-        return json.loads(path.read_text())
-    evaluation = _evaluate(run, directory, fingerprint, reporter) if section else {}
-    metrics = _metrics(run, evaluation, reporter, started, command)
-    write_json(path, metrics)
-    write_text(run.output / "report.md", render_report(metrics))
-    write_text(run.output / "README.md", render_card(metrics))
-    run.workspace.manifest["evaluated"] = asked
-    run.workspace.save()
-    return metrics
-
-
-def _evaluate(run: Run, directory: Path, fingerprint: str, reporter: Reporter) -> dict[str, Any]:
-    """The original's figures, measured before compression began, and the result's beside them."""
-    recipe = run.plan.recipe
-    assert recipe.evaluate is not None
-    found: dict[str, Any] = {"original": _evaluate_original(run, directory, fingerprint, reporter)}
-    with reporter.phase("evaluate compressed", 1):
-        settings = _evaluation_settings(run)
-        found["compressed"] = evaluate_model(run.output, recipe.evaluate, **settings)
-        reporter.step("done")
-    found["paired"] = compare(found["original"], found["compressed"], recipe.seed)
-    return found
-
-
-def _evaluation_settings(run: Run) -> dict[str, Any]:
-    return {
-        "device": str(run.plan.model.device),
-        "dtype": str(run.plan.model.dtype).removeprefix("torch."),
-        "trust_remote_code": run.plan.recipe.trust_remote_code,
-    }
-
-
-def _evaluate_original(
-    run: Run, directory: Path, fingerprint: str, reporter: Reporter
-) -> dict[str, Any]:
-    """The original's figures, from the cache where they are known."""
-    section = run.plan.recipe.evaluate
-    assert section is not None
-    settings = _evaluation_settings(run)
-    key = json.dumps(
-        [fingerprint, section.model_dump(mode="json"), settings, versions(), _texts(section)],
-        sort_keys=True,
-    )
-    known = directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if known.exists():
-        found: dict[str, Any] = json.loads(known.read_text())
-        return found
-    with reporter.phase("evaluate original", 1):
-        found = evaluate_model(run.plan.source.path, section, **settings)
-        reporter.step("done")
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_json(known, found)
-    return found
-
-
-def _texts(section: Any) -> list[list[Any]]:
-    """Local evaluation texts by path, size and time, so that an edited file is measured again."""
-    stamps = []
-    for text in section.perplexity:
-        for file in text.files() if text.dataset is None else []:
-            stat = Path(file).stat()
-            stamps.append([str(file), stat.st_size, stat.st_mtime_ns])
-    return stamps
-
-
-def _metrics(
-    run: Run,
-    evaluation: dict[str, Any],
-    reporter: Reporter,
-    started: float,
-    command: Sequence[str] | None,
-) -> dict[str, Any]:
-    """What metrics.json holds."""
-    plan, manifest = run.plan, run.workspace.manifest
-    recipe, model = plan.recipe, plan.model
-    planned = plan.predict(run.sizes or size_from_record(manifest["sizes"]))
-    layers = [
-        {"layer": int(index), **{k: v for k, v in record.items() if k not in ("modules", "sha256")}}
-        for index, record in sorted(manifest["layers"].items(), key=lambda item: int(item[0]))
-    ]
-    warnings = [*plan.warnings]
-    budget = None
-    if plan.allowed is not None and recipe.budget is not None:
-        attained = plan.attained(manifest["attained"])
-        short = (plan.allowed - attained) / plan.scope
-        way = "keep" if recipe.budget.keep is not None else "remove"
-        share = recipe.budget.keep or recipe.budget.remove
-        budget = {
-            "requested": f"{way} {share:.0%} of {OWNER[recipe.budget.of]} {recipe.budget.unit}",
-            "allowed": plan.allowed,
-            "attained": attained,
-            "shortfall_fraction": short,
-        }
-        if short > TOLERANCE:
-            warnings.append(
-                f"{short:.2%} of the original less than the budget allows is stored: the steps' "
-                "sizes are too coarse"
-            )
-    warnings += _token_warnings(layers)
-    calibration = None
-    if recipe.calibration is not None:
-        c = recipe.calibration
-        calibration = {
-            "digest": manifest["identity"]["calibration"],
-            "sequences": c.sequences,
-            "length": c.length,
-            "tokens": c.sequences * c.length,
-            "propagate": recipe.propagate,
-            "sources": manifest["sources"],
-        }
-    return {
-        "mctk_version": versions().get("mctk"),
-        "versions": {**_libraries(), "platform": sys.platform},
-        "command": shlex.join(command) if command else None,
-        "recipe": recipe.canonical(),
-        "recipe_text": recipe.yaml(),
-        "model": {
-            "name": recipe.canonical()["model"],
-            "model_type": model.config.model_type,
-            "path": str(plan.source.path),
-            "license": _license(plan.source.path),
-        },
-        "output_kind": "mctk",
-        "calibration": calibration,
-        "sizes": {
-            "original": plan.original.as_dict(),
-            "planned": planned.as_dict() if planned else None,
-            "attained": manifest["attained"],
-        },
-        "budget": budget,
-        "layers": layers,
-        "gate": manifest["gate"],
-        "evaluation": evaluation or None,
-        "statistics": manifest.get("statistics"),
-        "seconds": {**manifest.get("seconds", {}), "total": time.perf_counter() - started},
-        "peak_memory_bytes": peak_process_bytes(),
-        "peak_device_memory_bytes": peak_device_bytes(str(model.device)),
-        "warnings": warnings,
-    }
-
-
-def _license(path: Path) -> str | None:
-    """The licence that the model's own card states, carried over to the result's."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None  # the card is for people; a broken one says nothing of the licence
-    found = front.get("license") if isinstance(front, dict) else None
-    return found if isinstance(found, str) else None
-
-
-def _libraries() -> dict[str, str]:
-    """Versions of what the numbers depend on besides mctk's own."""
-    return {name: version for name, version in versions().items() if name != "mctk"}
-
-
-def _token_warnings(layers: list[dict[str, Any]]) -> list[str]:
-    """Experts that calibration hardly reached: their statistics rest on few tokens."""
-    unseen = [
-        f"layer {layer['layer']} expert {expert}"
-        for layer in layers
-        for expert, tokens in enumerate(layer.get("tokens_per_expert") or [])
-        if tokens == 0
-    ]
-    if not unseen:
-        return []
-    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-    return [f"no calibration token reached {', '.join(unseen[:3])}{more}"]

@@ -13,7 +13,7 @@ import torch
 from ..checkpoint import Source, read_header
 from ..checkpoint.source import FLOATING, INDEX
 from ..files import write_json, write_tensors
-from ..models import module_specs, module_tensors
+from ..models import module_specs, module_tensors, own_tensors
 from ..runtime import checkpoint_config
 from ..terms import Bank, Term
 
@@ -71,12 +71,15 @@ def write_layer(
     prefix = f"{plan.model.layers_path}.{layer}."
     specs = {prefix + path: spec for path, spec in module_specs(module, stored).items()}
     tensors = {prefix + name: t for name, t in module_tensors(module, stored).items()}
-    gone = tuple(f"{path}." for path in specs)
+    gone = {
+        f"{prefix}{site.module}.{own}"
+        for name, site in plan.sites[layer].items()
+        if name in stored
+        for own in own_tensors(module, site)
+    }
     targets = plan.model.weights.targets
     copied = [
-        name
-        for name in plan.model.layer_tensors[layer]
-        if not all(target.startswith(gone) for target in targets[name])
+        name for name in plan.model.layer_tensors[layer] if not gone.issuperset(targets[name])
     ]
     file = shard_name(layer, len(plan.model.layers))
     new = len(tensors)

@@ -100,6 +100,9 @@ class Plan:
             for layer, banks in self.targets[number].items():
                 for bank in banks:
                     sizes[number, layer, bank] = self.setting(step, layer, bank, chosen)
+        if all(size == DENSE for size in sizes.values()):
+            key = ("budget",) if self.recipe.budget else ("steps",)
+            raise self.recipe.error(key, "nothing would change: every bank is kept as it is")
         return sizes
 
     def layout(self, sizes: Size) -> dict[int, dict[str, list[Term]]] | None:

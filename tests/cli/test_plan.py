@@ -1,0 +1,78 @@
+"""`mctk plan`: refuses what `run` would refuse, prints what a run will cost, writes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli.mistakes import damage, each_damage, each_in_recipe, placed
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch):
+    def refuse(*arguments, **settings):
+        raise AssertionError("a plan read weights")
+
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+
+
+def test_a_plan_in_words(mctk, write_recipe, tmp_path):
+    code, out, err = mctk("plan", write_recipe())
+    assert (code, err) == (0, "")
+    assert "mixtral, 3 layers, computed in bfloat16 on cpu" in out
+    assert "step 1: decompose/svd_llm on experts.down, experts.gate, experts.up of layers 0-2" in out
+    assert "planned (exact)" in out and "active parameters" in out
+    assert "12 sequences of 64 tokens (enough text)" in out
+    assert "SecondMoment(experts.gate, input)" in out and "peak memory: about" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_as_json(mctk, write_recipe):
+    code, out, err = mctk("plan", write_recipe(), "--json", "--set", "budget.remove=0.2")
+    assert (code, err) == (0, "")
+    sizes = json.loads(out)["sizes"]
+    kept = sizes["planned"]["expert_parameters"] / sizes["original"]["expert_parameters"]
+    assert sizes["exact"] and 0.795 <= kept <= 0.8
+
+
+def test_a_bound_says_that_it_is_one(mctk, write_recipe):
+    recipe = write_recipe(allocate={"method": "by_loss"})
+    code, out, _ = mctk("plan", recipe)
+    assert code == 0
+    assert "a bound: the allocator decides by measured errors" in out
+    assert "planned (exact)" not in out and "decided by errors" in out
+
+
+def test_a_plan_keeps_what_runs(mctk, write_recipe, tmp_path):
+    """What a plan promises is what the run of the same recipe writes."""
+    recipe = write_recipe(calibration=None, steps=[{"decompose": "svd"}])
+    planned = json.loads(mctk("plan", recipe, "--json")[1])["sizes"]
+    with pytest.MonkeyPatch.context() as patch:
+        import safetensors
+        from safetensors._safetensors_rust import safe_open
+
+        patch.setattr(safetensors, "safe_open", safe_open)
+        metrics = json.loads(mctk("run", recipe, "--quiet", "--json")[1])
+    assert metrics["sizes"]["original"] == planned["original"]
+    assert metrics["sizes"]["attained"] == planned["planned"]
+
+
+@each_in_recipe
+def test_mistakes_are_found_by_the_plan(
+    refused, write_recipe, short, tmp_path, change, written, message
+):
+    recipe = write_recipe(**change)
+    assert placed(recipe, written, message) in refused("plan", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@each_damage
+def test_damaged_models_are_found_by_the_plan(refused, write_recipe, mixtral, tmp_path, how):
+    model, message = damage(mixtral, tmp_path / "damaged", how)
+    assert message in refused("plan", write_recipe(), "--model", model)
+
+
+def test_a_missing_recipe(refused, tmp_path):
+    path = tmp_path / "none.yaml"
+    assert refused("plan", path) == f"Error: {path}: cannot be read: No such file or directory"
