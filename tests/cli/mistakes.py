@@ -18,14 +18,14 @@ IN_RECIPE = {
         "{at}: key evalute: unknown key (did you mean 'evaluate'?)",
     ),
     "wrong key below": (
-        {"budget": {"remove": 0.4, "off": "experts"}},
-        "off:",
-        "{at}: key budget.off: unknown key (did you mean 'of'?)",
+        {"budget": {"remove": 0.4, "ofs": "experts"}},
+        "ofs:",
+        "{at}: key budget.ofs: unknown key (did you mean 'of'?)",
     ),
     "wrong method": (
         {"steps": [{"decompose": "svd_lm"}]},
         "svd_lm",
-        "{at}: key steps.0.decompose: no method 'svd_lm' for stage 'decompose' "
+        "{at}: key steps.0.decompose: no method 'svd_lm' for stage decompose "
         "(did you mean 'svd_llm'?)",
     ),
     "wrong option": (

@@ -44,7 +44,7 @@ def test_a_bound_says_that_it_is_one(mctk, write_recipe):
     assert "planned (exact)" not in out and "decided by errors" in out
 
 
-def test_a_plan_keeps_what_runs(mctk, write_recipe, tmp_path):
+def test_a_run_keeps_what_its_plan_promised(mctk, write_recipe, tmp_path):
     """What a plan promises is what the run of the same recipe writes."""
     recipe = write_recipe(calibration=None, steps=[{"decompose": "svd"}])
     planned = json.loads(mctk("plan", recipe, "--json")[1])["sizes"]

@@ -216,3 +216,33 @@ def test_untied_embeddings_run_whole_without_calibration(registry, cache, tmp_pa
     )
     metrics = go(recipe, registry, cache)
     assert metrics["gate"]["fresh_process_equal"]
+
+
+def test_plugins_hear_of_the_run_and_add_columns(write_recipe, cache, tmp_path):
+    import mctk_allocate
+    import mctk_svd
+    from mctk.hookspecs import hookimpl
+    from mctk.registry import Registry
+    from mctk.report import side_by_side
+
+    heard = []
+
+    class Listener:
+        @hookimpl
+        def run_started(self, run):
+            heard.append("started")
+
+        @hookimpl
+        def layer_done(self, run, layer):
+            heard.append(f"layer {layer}")
+
+        @hookimpl
+        def table_columns(self, run):
+            return {"licence": "mine"}
+
+    registry = Registry([mctk_svd, mctk_allocate, Listener()])
+    path = write_recipe(calibration=None, steps=[{"decompose": "svd"}])
+    metrics = go(path, registry, cache)
+    assert heard == ["started", "layer 0", "layer 1", "layer 2"]
+    assert "licence" in side_by_side([metrics]).markdown()
+    assert "mine" in side_by_side([metrics]).markdown()

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,6 +22,9 @@ from .compress import Run, size_from_record
 from .memory import peak_device_bytes, peak_process_bytes
 from .progress import Reporter
 
+if TYPE_CHECKING:
+    from ..registry import Registry
+
 # Whose parameters or bytes a budget is a share of.
 OWNER = {"model": "the model's", "experts": "the experts'", "targets": "the targeted banks'"}
 
@@ -33,6 +36,7 @@ def conclude(
     reporter: Reporter,
     started: float,
     command: Sequence[str] | None,
+    registry: Registry,
 ) -> dict[str, Any]:
     """Evaluates, reports, and writes metrics.json; a finished run is taken up as it is."""
     path = run.output / "metrics.json"
@@ -43,6 +47,8 @@ def conclude(
         return json.loads(path.read_text())
     evaluation = _evaluate(run, directory, fingerprint, reporter) if section else {}
     metrics = _metrics(run, evaluation, reporter, started, command)
+    for columns in registry.hook.table_columns(run=run):
+        metrics["columns"] |= columns
     write_json(path, metrics)
     write_text(run.output / "report.md", render_report(metrics))
     write_text(run.output / "README.md", render_card(metrics))
@@ -177,6 +183,7 @@ def _metrics(
         "seconds": {**manifest.get("seconds", {}), "total": time.perf_counter() - started},
         "peak_memory_bytes": peak_process_bytes(),
         "peak_device_memory_bytes": peak_device_bytes(str(model.device)),
+        "columns": {},
         "warnings": warnings,
     }
 

@@ -82,10 +82,9 @@ def run(
                 evaluate_original(r, directory, fingerprint, reporter)
         if todo:
             _compress_all(todo, windows, fingerprint, directory, registry, reporter)
-        results = []
-        for r in runs:
-            results.append(conclude(r, directory, fingerprint, reporter, started, command))
-        return results
+        return [
+            conclude(r, directory, fingerprint, reporter, started, command, registry) for r in runs
+        ]
     finally:
         for r in runs:
             r.workspace.close()

@@ -56,6 +56,7 @@ def side_by_side(runs: Sequence[Metrics], labels: Sequence[str] | None = None) -
     """
     several = len({get(metrics, "model", "name") for metrics in runs}) > 1
     measured = _Measured()
+    own: dict[str, Column] = {}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # an original and its runs
     for index, metrics in enumerate(runs):
         before = get(metrics, "sizes", "original")
@@ -66,6 +67,9 @@ def side_by_side(runs: Sequence[Metrics], labels: Sequence[str] | None = None) -
         label = labels[index] if labels else label_of(metrics)
         row = {"model": label, **_numbers(get(metrics, "sizes", "attained"), before)}
         groups[key].append(row)
+        for heading, value in (metrics.get("columns") or {}).items():  # of plugins
+            own.setdefault(heading, Column(f"plugin:{heading}", heading))
+            row[f"plugin:{heading}"] = value
         measured.add(groups[key][0], get(metrics, "evaluation", "original"))
         measured.add(row, get(metrics, "evaluation", "compressed"))
     columns = [
@@ -75,6 +79,7 @@ def side_by_side(runs: Sequence[Metrics], labels: Sequence[str] | None = None) -
         Column("active_parameters", "active", count),
         Column("bytes", "bytes", size),
         *measured.columns.values(),
+        *own.values(),
     ]
     return Table(columns, [row for group in groups.values() for row in group], measured.notes())
 
