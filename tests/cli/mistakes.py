@@ -37,7 +37,7 @@ IN_RECIPE = {
     "option's type": (
         {"steps": [{**STEP, "options": {"rank_multiple": "many"}}]},
         "rank_multiple:",
-        "{at}: key steps.0.options.rank_multiple: should be a valid integer, got \"many\"",
+        '{at}: key steps.0.options.rank_multiple: should be a valid integer, got "many"',
     ),
     "unknown bank": (
         {"steps": [{**STEP, "targets": "expert.*"}]},

@@ -21,7 +21,9 @@ def test_a_plan_in_words(mctk, write_recipe, tmp_path):
     code, out, err = mctk("plan", write_recipe())
     assert (code, err) == (0, "")
     assert "mixtral, 3 layers, computed in bfloat16 on cpu" in out
-    assert "step 1: decompose/svd_llm on experts.down, experts.gate, experts.up of layers 0-2" in out
+    assert (
+        "step 1: decompose/svd_llm on experts.down, experts.gate, experts.up of layers 0-2" in out
+    )
     assert "planned (exact)" in out and "active parameters" in out
     assert "12 sequences of 64 tokens (enough text)" in out
     assert "SecondMoment(experts.gate, input)" in out and "peak memory: about" in out

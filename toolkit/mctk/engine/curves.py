@@ -12,7 +12,6 @@ import json
 from bisect import bisect_right
 from pathlib import Path
 
-from ..errors import UserError
 from ..files import write_json
 from ..models import read_banks
 from ..plan import TRACE_TOKENS, Plan
@@ -92,18 +91,13 @@ def _layer_curves(
                 for number, step in enumerate(plan.recipe.steps)
                 if step.auto and name in plan.targets[number].get(layer, ())
             )
-            if step.method.units != "squared_error":
-                raise UserError(
-                    f"allocate: {step.stage}/{step.method.name} gives scores, not errors; "
-                    "use an allocator that needs no curves (uniform)"
-                )
             weights = weights_of(banks[name])
             settings, _ = step.method.sizes(sites[name].shape, step.options)
             errors = dict(
                 zip(settings, step.method.curve(weights, statistics, step.options), strict=True)
             )
             own = [errors[setting] for setting in curve.settings]
-            middle = _middle(curve, plan)
+            middle = _middle(curve, own, plan)
             terms = step.method.decompose(weights, statistics, curve.settings[middle], step.options)
             biases = [term for term in banks[name].terms if isinstance(term, Bias)]
             replaced = {**banks, name: Bank(name, layer, sites[name].shape, [*terms, *biases])}
@@ -113,12 +107,18 @@ def _layer_curves(
     return found
 
 
-def _middle(curve: SizeCurve, plan: Plan) -> int:
-    """The setting nearest to the mean size that the budget allows, below dense."""
+def _middle(curve: SizeCurve, errors: list[float], plan: Plan) -> int:
+    """The setting nearest to the mean size that the budget allows, below dense.
+
+    A smaller one where nothing is lost at that size: an exchange rate needs something to exchange.
+    """
     total = sum(c.cost[-1] for c in plan.curves)
     share = (plan.budget or 0) / total
     last = len(curve.settings) - (2 if curve.settings[-1] == DENSE else 1)
-    return max(0, min(last, bisect_right(curve.cost, share * curve.cost[-1]) - 1))
+    middle = max(0, min(last, bisect_right(curve.cost, share * curve.cost[-1]) - 1))
+    while middle > 0 and errors[middle] <= 0:
+        middle -= 1
+    return middle
 
 
 def _falling(errors: list[float]) -> list[float]:
