@@ -43,6 +43,7 @@ def test_a_family_is_compressed_whole(
     [metrics] = run([load_recipe(path, registry=registry)], registry, cache=cache)
     assert metrics["gate"]["streamed_equal"] is True
     assert metrics["sizes"]["planned"] == metrics["sizes"]["attained"]
-    assert 0 <= metrics["budget"]["shortfall_fraction"] <= 0.005
+    # One rank of the largest of these tiny banks is up to 1 % of all targets.
+    assert 0 <= metrics["budget"]["shortfall_fraction"] <= 0.01
     errors = [row["bank_error"] for layer in metrics["layers"] for row in layer["trace"]]
     assert errors and all(error is not None and 0 <= error < 1 for error in errors)
