@@ -41,10 +41,12 @@ def methods_of(metrics: Metrics) -> list[str]:
 
 
 def label_of(metrics: Metrics) -> str:
-    """What to call a run in a table: its methods and its budget."""
+    """What to call a run in a table: its methods, its budget and who shared that out."""
     methods = " + ".join(name.split(" ", 1)[-1] for name in methods_of(metrics)) or "compressed"
     budget = get(metrics, "budget", "requested")
-    return f"{methods}, {budget}" if budget else methods
+    allocator = get(metrics, "recipe", "allocate", "method")
+    by = f", {allocator.split('/')[-1]}" if isinstance(allocator, str) else ""
+    return f"{methods}, {budget}{by}" if budget else methods
 
 
 def warnings_of(metrics: Metrics) -> list[str]:
