@@ -92,7 +92,7 @@ def test_the_formats_page_has_every_kind_key_and_tensor_name(example):
     names, stem = set(), ""
     for name in re.findall(r"`([^`]+)`", listed):
         if not name.startswith("..."):
-            stem, _, first = name.partition("terms")
+            stem = name.partition("terms")[0]
             names.add(name)
         else:
             names.add(f"{stem}terms{name.removeprefix('...')}")

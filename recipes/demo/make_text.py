@@ -14,7 +14,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = "wordnet-base python3.11-doc libpython3.11-minimal libpython3.11-stdlib bible-kjv"
+PACKAGES = (
+    "wordnet-base python3.11-doc libpython3.11-minimal libpython3.11-stdlib"
+    " bible-kjv bible-kjv-text"
+)
 DOMAINS = ("wordnet", "docs", "code", "bible")
 Document = tuple[str, str]  # (name within the domain, text)
 

@@ -100,6 +100,7 @@ def grown(path: Path, model: Path, steps: dict) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_memory_does_not_grow_with_the_layers(tmp_path):
     grew: dict[str, list[int]] = {name: [] for name in STEPS}
     for layers in (4, 12):
