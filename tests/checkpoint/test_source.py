@@ -448,8 +448,7 @@ def test_every_tensor_has_its_place(tmp_path, family):
     fed = {target for targets in weights.targets.values() for target in targets}
     missing = set(dict(model.named_parameters())) - fed
     assert not missing - {"lm_head.weight"}  # tied, in one family
-    layers = [weights.below(f"model.layers.{i}") for i in range(model.config.num_hidden_layers)]
-    outer = weights.outside([f"model.layers.{i}" for i in range(len(layers))])
+    layers, outer = weights.place("model.layers", model.config.num_hidden_layers)
     everything = [name for names in [*layers, outer] for name in names]
     assert sorted(everything) == sorted(weights.targets)
     assert all(f".layers.{i}." in name for i, names in enumerate(layers) for name in names)

@@ -94,8 +94,6 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, family):
     assert seen == list(range(len(streamed.layers)))
     assert real_layers(streamed) == set()
     assert not streamed.model.get_input_embeddings().weight.is_meta
-    streamed.unload_outer()
-    assert all(p.is_meta for p in streamed.model.parameters())
     ForwardSweep(streamed, families.token_ids(), 1).run(visit)  # and a second time
 
 

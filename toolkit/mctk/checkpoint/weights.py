@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,17 +49,30 @@ class WeightMap:
     unread: tuple[str, ...]
     tied: dict[str, str]
 
-    def below(self, prefix: str) -> list[str]:
-        """Source tensors all of whose targets lie in the module `prefix`."""
-        dotted = prefix + "."
-        return [n for n, names in self.targets.items() if all(t.startswith(dotted) for t in names)]
+    def place(self, path: str, layers: int) -> tuple[list[list[str]], list[str]]:
+        """Says where each source tensor belongs.
 
-    def outside(self, prefixes: Iterable[str]) -> list[str]:
-        """Source tensors that feed at least one tensor outside the modules `prefixes`."""
-        dotted = tuple(prefix + "." for prefix in prefixes)
-        return [
-            n for n, names in self.targets.items() if any(not t.startswith(dotted) for t in names)
-        ]
+        Args:
+            path: Path of the model's list of decoder layers.
+            layers: How many there are.
+
+        Returns:
+            Per layer the tensors that feed it, and the tensors that feed none.
+
+        Raises:
+            UserError: A tensor feeds several layers, or a layer and something outside.
+        """
+        inside = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+        by_layer: list[list[str]] = [[] for _ in range(layers)]
+        outer: list[str] = []
+        for name, targets in self.targets.items():
+            found = [inside.match(target) for target in targets]
+            homes = {None if match is None else int(match[1]) for match in found}
+            if len(homes) > 1:
+                raise UserError(f"{name}: feeds several layers at once; not supported")
+            [home] = homes
+            (outer if home is None else by_layer[home]).append(name)
+        return by_layer, outer
 
 
 def conversions(model: PreTrainedModel) -> list:

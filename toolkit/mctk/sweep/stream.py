@@ -87,19 +87,9 @@ class StreamedModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.layers_path, self.layers = find_layers(self.model)
         self.weights = map_weights(self.model, source)
-        prefixes = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
-        inside = tuple(f"{prefix}." for prefix in prefixes)
-        self.layer_tensors = [self.weights.below(prefix) for prefix in prefixes]
-        self.outer_tensors = self.weights.outside(prefixes)
-        placed = set(self.outer_tensors).union(*self.layer_tensors)
-        strays = {
-            name
-            for name, targets in self.weights.targets.items()
-            if name not in placed
-            or (name in self.outer_tensors and any(t.startswith(inside) for t in targets))
-        }
-        if strays:
-            raise UserError(f"{min(strays)}: feeds several layers at once; not supported")
+        self.layer_tensors, self.outer_tensors = self.weights.place(
+            self.layers_path, len(self.layers)
+        )
 
     def load_outer(self) -> None:
         """Reads what is not in a decoder layer: embeddings, final norm, head.
@@ -115,13 +105,6 @@ class StreamedModel:
                 buffer = module._buffers.get(name)
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-
-    def unload_outer(self) -> None:
-        """Frees embeddings and head."""
-        inside = {id(m) for layer in self.layers for m in layer.modules()}
-        for module in self.model.modules():
-            if id(module) not in inside:
-                empty_own(module)
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -216,15 +199,6 @@ def hidden_of(output: Any, name: str) -> torch.Tensor:
     if extra or not isinstance(output[0], torch.Tensor):
         raise UserError(f"{name}: passes more than hidden states to the next layer; not supported")
     return output[0]
-
-
-def empty_own(module: nn.Module) -> None:
-    """Sends the parameters that a module owns itself back to meta."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(
-                torch.empty_like(parameter, device="meta"), requires_grad=False
-            )
 
 
 def share_calls(calls: list[LayerCall], earlier: list[LayerCall] | None) -> list[LayerCall]:
