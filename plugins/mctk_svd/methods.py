@@ -25,7 +25,7 @@ class Svd(Method):
     units = "score"
 
     def sizes(self, shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
-        """Ranks smaller than dense, then dense."""
+        """All ranks, then dense."""
         return decompose.sizes(shape, options)
 
     def layout(self, shape: BankShape, size: int | None, options: LowRankOptions) -> list[Term]:

@@ -59,7 +59,7 @@ class SvdLlm(Method):
         return [SecondMoment(bank, moment_side(shape))]
 
     def sizes(self, shape: BankShape, options: SvdLlmOptions) -> tuple[list[int], list[int]]:
-        """Ranks smaller than dense, then dense."""
+        """All ranks, then dense."""
         return decompose.sizes(shape, options)
 
     def layout(self, shape: BankShape, size: int | None, options: SvdLlmOptions) -> list[Term]:

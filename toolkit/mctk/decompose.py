@@ -52,11 +52,19 @@ class LowRankOptions(MethodOptions):
 
 
 def sizes(shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
-    """Returns the ranks that are smaller than dense, DENSE last, and the parameters of each."""
+    """Returns all ranks, DENSE last, and the parameters of each.
+
+    A plan leaves out those that store no less than dense, in its budget's unit.
+    """
     from mctk.terms import rank_settings
 
     ranks, costs = rank_settings(
-        shape, shape.members, shape.members, options.rank_multiple, options.storage
+        shape,
+        shape.members,
+        shape.members,
+        options.rank_multiple,
+        options.storage,
+        beyond=True,
     )
     return list(ranks), list(costs)
 

@@ -49,3 +49,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if not names:
         return ""
     return f" (valid: {', '.join(names)})"
+
+
+def brief(error: BaseException | str, limit: int = 240) -> str:
+    """An error's text on one line: libraries tell on several, and the first alone may say nothing.
+
+    >>> brief("Validation error:  expected int")
+    'Validation error: expected int'
+    """
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

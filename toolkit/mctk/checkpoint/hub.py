@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from .source import Source, TensorInfo
 
 TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
@@ -41,10 +41,9 @@ def open_source(model: str, revision: str | None = None, weights: bool = True) -
     except UserError:
         raise
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        lines = str(error).splitlines() or [""]
         raise UserError(
             f"model: {model} is no directory here, and the hub gave: "
-            f"{type(error).__name__}: {lines[0]}"
+            f"{type(error).__name__}: {brief(error)}"
         ) from error
 
 

@@ -65,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         click.echo(f"Error: {error}", err=True)
         code = 2
+    except OSError as error:  # a full disk, a path that cannot be: the machine's, not a bug
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        code = 2
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -171,6 +171,8 @@ def _layer(
         plan, run.sizes, index, banks, statistics, trace.after if trace else _untraced
     )
     stored = cast_terms(plan, index, now, rewritten)
+    if trace and rewritten:
+        trace.after("as stored", sorted(rewritten), {**now, **stored})
     record = write_layer(plan, run.output, index, module, stored)
     record["banks"] = {
         name: {

@@ -132,9 +132,10 @@ def _metrics(
         attained = plan.attained(manifest["attained"])
         short = (plan.allowed - attained) / plan.scope
         way = "keep" if recipe.budget.keep is not None else "remove"
-        share = recipe.budget.keep or recipe.budget.remove
+        share = recipe.budget.keep or recipe.budget.remove or 0.0
+        scope = f"{OWNER[recipe.budget.of]} {recipe.budget.unit}"
         budget = {
-            "requested": f"{way} {share:.0%} of {OWNER[recipe.budget.of]} {recipe.budget.unit}",
+            "requested": f"{way} {100 * share:g}% of {scope}",
             "allowed": plan.allowed,
             "attained": attained,
             "shortfall_fraction": short,

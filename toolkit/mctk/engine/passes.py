@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..terms import DENSE, Bank, Bias, Term
 
 if TYPE_CHECKING:
@@ -61,8 +61,26 @@ def _apply(
     step: Step, names: list[str], now: Banks, original: Banks, statistics: Any, size: int | None
 ) -> dict[str, list[Term]]:
     """One call of a method, its result checked."""
+    where = f"{step.stage}/{step.method.name} on {', '.join(names)} of layer {now[names[0]].layer}"
+    try:
+        found = _call(step, names, now, original, statistics, size)
+        for name, terms in found.items():
+            for term in terms:
+                _check_finite(term, where)
+            # A bank checks that they are terms of its shape.
+            Bank(name, now[name].layer, now[name].shape, terms)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's method may raise
+        raise UserError(f"{where} failed: {type(error).__name__}: {brief(error)}") from error
+    return found
+
+
+def _call(
+    step: Step, names: list[str], now: Banks, original: Banks, statistics: Any, size: int | None
+) -> dict[str, list[Term]]:
+    """Calls the hook of the step's stage."""
     method = step.method
-    where = f"{step.stage}/{method.name} on {', '.join(names)} of layer {now[names[0]].layer}"
     layer = {name: now[name] for name in names}
     if step.stage == "decompose":
         name = names[0]
@@ -78,11 +96,9 @@ def _apply(
             found = {name: [*now[name].terms, *terms] for name, terms in found.items()}
     else:
         found = dict(getattr(method, step.stage)(layer, statistics, size, step.options))
-    for name, terms in found.items():
+    for name in found:
         if name not in layer:
-            raise RuntimeError(f"{where}: returned terms for {name}, which it was not given")
-        for term in terms:
-            _check_finite(term, where)
+            raise ValueError(f"returned terms for {name}, which it was not given")
     return found
 
 

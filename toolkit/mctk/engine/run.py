@@ -74,6 +74,8 @@ def run(
             runs.append(Run(p, workspace))
             workspace.manifest["sources"] = sorted(set(windows.sources)) if windows else []
             reporter.add_log(workspace.output / "run.log")
+            if workspace.reopen_if_damaged(len(p.model.layers)):
+                reporter.say(f"{workspace.output}: a finished file is gone or damaged; made again")
         registry.hook.run_started(run=runs[0] if len(runs) == 1 else runs)
         todo = [r for r in runs if not r.workspace.manifest["finished"]]
         for r in todo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from ..checkpoint import Source, read_header
 from ..checkpoint.source import FLOATING, INDEX
+from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import module_specs, module_tensors, own_tensors
 from ..runtime import checkpoint_config
@@ -40,6 +40,9 @@ def cast_terms(
     """All banks of the changed modules in the dtypes in which they are stored.
 
     Rewritten terms go to the storage dtype; the others return to the dtype that they came in.
+
+    Raises:
+        UserError: Values overflow the storage dtype.
     """
     sites = plan.sites[layer]
     modules = {sites[name].module for name in rewritten}
@@ -49,6 +52,12 @@ def cast_terms(
             continue
         dtype = (plan.storage_dtype if name in rewritten else plan.source_dtype)(layer, site)
         terms: list[Term] = [term.to(dtype=dtype) for term in banks[name].terms]
+        for term in terms:
+            if not all(bool(torch.isfinite(t).all()) for t in term.tensors().values()):
+                raise UserError(
+                    f"storage_dtype: {name} of layer {layer} does not fit into "
+                    f"{str(dtype).removeprefix('torch.')}; choose one with a wider range"
+                )
         stored[name] = Bank(name, layer, site.shape, terms)
     return stored
 
@@ -166,4 +175,4 @@ def relative_weight_error(bank: Bank, original: Bank) -> float:
         difference = exact if weight is None else exact - weight
         error += float(difference.square().sum(dtype=torch.float64))
         energy += float(exact.square().sum(dtype=torch.float64))
-    return error / energy if energy and math.isfinite(error) else 0.0
+    return error / energy if energy else 0.0

@@ -110,6 +110,20 @@ class Workspace:
         """The record of the outer shard, if it is written and intact."""
         return self._intact(self.manifest["outer"])
 
+    def reopen_if_damaged(self, layers: int) -> bool:
+        """Makes a finished run unfinished if one of its shards is gone or damaged.
+
+        Returns:
+            Whether it was.
+        """
+        if not self.manifest["finished"]:
+            return False
+        if self.outer() is not None and all(self.record(i) is not None for i in range(layers)):
+            return False
+        self.manifest |= {"finished": False, "evaluated": ""}
+        self.save()
+        return True
+
     def _intact(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
         if record is None:
             return None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, brief
 
 # lm-eval's own defaults: with them our figures are those of its command line.
 SEED, FEWSHOT_SEED = 1234, 1234
@@ -33,27 +33,42 @@ def load_tasks(tasks: Sequence[str], task_path: Sequence[str | Path] = ()) -> di
     Raises:
         UserError: lm-eval is not installed, a task does not exist or its data cannot be had.
     """
+    with _quiet():
+        manager, names = _find(tasks, task_path)
+        try:
+            return dict(manager.load(names))
+        except Exception as error:  # the datasets library raises anything
+            raise UserError(
+                f"tasks {', '.join(names)}: cannot be loaded: {type(error).__name__}: "
+                f"{brief(error)}"
+            ) from error
+
+
+def check_tasks(tasks: Sequence[str], task_path: Sequence[str | Path] = ()) -> list[str]:
+    """Finds tasks by name, without their data.
+
+    Raises:
+        UserError: lm-eval is not installed, or a task does not exist.
+    """
+    with _quiet():
+        return _find(tasks, task_path)[1]
+
+
+def _find(tasks: Sequence[str], task_path: Sequence[str | Path]) -> tuple[Any, list[str]]:
+    """lm-eval's index in which the tasks are found, and their names."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks need lm-eval: pip install 'mctk[eval]'")
     directories = tuple(str(directory) for directory in task_path)
     for directory in directories:
         if not Path(directory).is_dir():
             raise UserError(f"task path: no directory {directory}")
-    with _quiet():
-        # Indexing lm-eval's own 14 000 tasks takes many seconds; look at the user's first.
-        manager = _manager(directories, False)
-        try:
-            names = match_tasks(tasks, manager.all_tasks)
-        except UserError:
-            manager = _manager(directories, True)
-            names = match_tasks(tasks, manager.all_tasks)
-        try:
-            return dict(manager.load(names))
-        except Exception as error:  # the datasets library raises anything
-            lines = str(error).strip().splitlines() or [""]
-            raise UserError(
-                f"tasks {', '.join(names)}: cannot be loaded: {type(error).__name__}: {lines[0]}"
-            ) from error
+    # Indexing lm-eval's own 14 000 tasks takes many seconds; look at the user's first.
+    manager = _manager(directories, False)
+    try:
+        return manager, match_tasks(tasks, manager.all_tasks)
+    except UserError:
+        manager = _manager(directories, True)
+        return manager, match_tasks(tasks, manager.all_tasks)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from .harness import load_tasks, run_tasks
 from .perplexity import (
     Perplexity,
@@ -233,8 +233,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a missing or bad tokenizer
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: no usable tokenizer: {lines[0]}") from error
+        raise UserError(f"{path}: no usable tokenizer: {brief(error)}") from error
     # Where the files are missing, some families give a tokenizer with an empty vocabulary.
     if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{path}: no usable tokenizer: it turns text into nothing")
@@ -242,7 +241,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The whole model in memory, by `from_pretrained`."""
+    """The whole model in memory, by `from_pretrained`.
+
+    Raises:
+        CheckpointError: Tensors are missing or contradict config.json.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -7,7 +7,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,7 @@ def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a bad config
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path / 'config.json'}: {lines[0]}") from error
+        raise CheckpointError(f"{path / 'config.json'}: {brief(error)}") from error
 
 
 def resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -103,7 +102,7 @@ def build(
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"transformers cannot build a causal language model of type "
-            f"{config.model_type!r}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            f"{config.model_type!r}: {type(error).__name__}: {brief(error)}"
         ) from error
     if has_experts_interface(model):
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)

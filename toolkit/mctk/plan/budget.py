@@ -73,6 +73,22 @@ def set_budget(plan: Plan) -> None:
             f"at most {1 - least:.1%} of the {budget.of} can be removed by these steps, "
             f"not {1 - budget.kept:.1%}",
         )
+    if plan.needs_curves:
+        _check_feasible(plan)
+
+
+def _check_feasible(plan: Plan) -> None:
+    """Lets the allocator refuse what it will refuse, before errors are measured.
+
+    Any falling errors will do: whether a budget can be met depends on costs alone.
+    """
+    allocate = plan.recipe.allocate
+    assert allocate is not None and plan.budget is not None
+    stand_ins = [
+        SizeCurve(c.item, c.settings, c.cost, tuple(float(c.cost[-1] - cost) for cost in c.cost))
+        for c in plan.curves
+    ]
+    allocate.method.allocate(stand_ins, plan.budget, allocate.options)
 
 
 def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
@@ -100,21 +116,23 @@ def _curve(plan: Plan, step: Step, layer: int, bank: str, in_bytes: bool) -> Siz
     """The sizes that a bank may take, those that cost no less than the original left out."""
     site = plan.sites[layer][bank]
     settings, costs = step.method.sizes(site.shape, step.options)
-    if not in_bytes:
-        return SizeCurve((layer, bank), tuple(settings), tuple(costs))
     storage = plan.storage_dtype(layer, site)
-    dense = site.shape.parameters * plan.source_dtype(layer, site).itemsize
+    dense = site.shape.parameters
+    if in_bytes:
+        dense *= plan.source_dtype(layer, site).itemsize
     pairs: list[tuple[int, int]] = []
     for setting, parameters in zip(settings, costs, strict=True):
         if setting == DENSE:
             continue
-        terms = step.method.layout(site.shape, setting, step.options)
-        nbytes = (
-            parameters * storage.itemsize
-            if terms is None
-            else sum(term.to(dtype=storage).nbytes() for term in terms)
-        )
-        if nbytes < dense:
-            pairs.append((setting, nbytes))
+        cost = parameters
+        if in_bytes:
+            terms = step.method.layout(site.shape, setting, step.options)
+            cost = (
+                parameters * storage.itemsize
+                if terms is None
+                else sum(term.to(dtype=storage).nbytes() for term in terms)
+            )
+        if cost < dense:
+            pairs.append((setting, cost))
     pairs.append((DENSE, dense))
     return SizeCurve((layer, bank), tuple(s for s, _ in pairs), tuple(c for _, c in pairs))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from ..checkpoint import ModelSizes
 from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
+from ..evaluate.harness import check_tasks
 from ..statistics import size_of
 from ..terms import DENSE
-from .plan import TOLERANCE, Plan
+from .plan import TOLERANCE, Plan, Size
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "weight_reads": 1 + bool(plan.needs) + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
-        "resources": resources(plan),
+        "resources": resources(plan, predicted),
         "warnings": plan.warnings,
     }
 
@@ -84,8 +86,11 @@ def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
             steps = [n for n, targets in enumerate(plan.targets) if name in targets.get(layer, ())]
             if not steps:
                 continue
-            setting = sizes[steps[-1], layer, name] if sizes is not None else None
+            setting = _setting(plan, sizes, steps[-1], layer, name)
             terms = (changed or {}).get(layer, {}).get(name) or plan.original_terms(layer, site)
+            if changed is None and isinstance(setting, int) and setting != DENSE:
+                step = plan.recipe.steps[steps[-1]]
+                terms = step.method.layout(site.shape, setting, step.options) or []
             rows.append(
                 {
                     "layer": layer,
@@ -95,12 +100,22 @@ def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
                     "in": site.shape.in_features,
                     "setting": "dense" if setting == DENSE else setting,
                     "parameters": (
-                        sum(term.parameters() for term in terms) if changed is not None else None
+                        sum(term.parameters() for term in terms)
+                        if terms and (changed is not None or setting is not None)
+                        else None
                     ),
                     "original_parameters": site.shape.parameters,
                 }
             )
     return rows
+
+
+def _setting(plan: Plan, sizes: Size | None, number: int, layer: int, bank: str) -> int | None:
+    """A step's setting on a bank; None where errors that are not measured yet decide it."""
+    if sizes is not None:
+        return sizes[number, layer, bank]
+    step = plan.recipe.steps[number]
+    return None if step.auto else plan.setting(step, layer, bank, {})
 
 
 def _statistics(plan: Plan) -> list[dict[str, Any]]:
@@ -163,6 +178,8 @@ def check_evaluation(plan: Plan) -> dict[str, Any] | None:
     section = plan.recipe.evaluate
     if section is None:
         return None
+    if section.tasks:
+        check_tasks(section.tasks)
     windows: dict[str, int | None] = {}
     for text in section.perplexity:
         windows[text.name] = None  # a named dataset is fetched by the run
@@ -188,7 +205,7 @@ def _tokenizer(plan: Plan) -> Any:
         raise _NoTokenizer(str(error)) from error
 
 
-def resources(plan: Plan) -> dict[str, int]:
+def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     """Estimates in bytes: peak memory, and disk for output, statistics and temporary files.
 
     Memory counts what scales with the model and the calibration set: a layer twice (as read and as
@@ -218,7 +235,23 @@ def resources(plan: Plan) -> dict[str, int]:
     peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + max(by_layer) + workspace
     return {
         "peak_memory": peak,
-        "disk_output": plan.original.bytes,
+        "disk_output": predicted.bytes if predicted else _most_bytes(plan),
         "disk_statistics": sum(by_layer),
         "disk_temporary": hidden,
     }
+
+
+def _most_bytes(plan: Plan) -> int:
+    """What an output whose sizes are not known yet takes at most: new terms may be in a wider type.
+
+    Banks never store more elements than the original's; the positions of a pivoted bank are few.
+    """
+    wider = max(
+        (
+            plan.storage_dtype(layer, site).itemsize / plan.source_dtype(layer, site).itemsize
+            for layer, sites in enumerate(plan.sites)
+            for site in sites.values()
+        ),
+        default=1.0,
+    )
+    return int(plan.original.bytes * max(1.0, wider) * 1.01)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from ..checkpoint import (
     original_terms,
 )
 from ..checkpoint.weights import TORCH_DTYPES
-from ..errors import UserError, nearest
+from ..errors import CheckpointError, UserError, nearest
 from ..models import BankSite, bank_sites
 from ..statistics import ExpertFrequency, LayerSamples, Need, SecondMoment
 from ..sweep import StreamedModel
@@ -182,9 +183,10 @@ class Plan:
         shape = self.sites[layer][bank].shape
         if size.rank is not None:
             if size.rank > min(shape.out_features, shape.in_features):
-                raise UserError(
-                    f"steps: size: rank {size.rank} exceeds {bank} of layer {layer}, a "
-                    f"{shape.out_features} × {shape.in_features} matrix"
+                raise self.recipe.error(
+                    ("steps", self.recipe.steps.index(step), "size"),
+                    f"rank {size.rank} exceeds {bank} of layer {layer}, a "
+                    f"{shape.out_features} × {shape.in_features} matrix",
                 )
             return size.rank
         assert size.keep is not None  # a size that is not auto has a rank or a share
@@ -192,9 +194,10 @@ class Plan:
         allowed = size.keep * shape.parameters
         fitting = [s for s, c in zip(settings, costs, strict=True) if c <= allowed]
         if not fitting:
-            raise UserError(
-                f"steps: size: keep {size.keep} of {bank} in layer {layer} is below its smallest "
-                f"size, {costs[0] / shape.parameters:.3f}"
+            raise self.recipe.error(
+                ("steps", self.recipe.steps.index(step), "size"),
+                f"keep {size.keep} of {bank} in layer {layer} is below its smallest size, "
+                f"{costs[0] / shape.parameters:.3f}",
             )
         return fitting[-1]
 
@@ -245,6 +248,7 @@ def make_plan(
             f"{model.source.path}: is compressed already; compress the original, or export it first"
         )
     sites = [bank_sites(layer) for layer in model.layers]
+    _check_routing(model, sites)
     recipe.check_layers(len(sites))
     targets = [_targets(recipe, number, sites) for number in range(len(recipe.steps))]
     original = count_model(model, {})
@@ -264,14 +268,25 @@ def _targets(recipe: Recipe, number: int, sites: list[dict[str, BankSite]]) -> d
         names = [name for name in banks if step.selects(layer, name)]
         if names:
             found[layer] = names
-    if not found:
-        known = {name for layer in sites for name in layer}
-        wanted = ", ".join(step.targets)
-        raise recipe.error(
-            ("steps", number, "targets"),
-            f"no bank of the chosen layers matches {wanted}{nearest(wanted, known)}",
-        )
+    known = {name for layer, banks in enumerate(sites) if layer in step.layers for name in banks}
+    for glob in step.targets:
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise recipe.error(
+                ("steps", number, "targets"),
+                f"no bank of the chosen layers matches {glob}{nearest(glob, known)}",
+            )
     return found
+
+
+def _check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
+    """A router cannot choose more experts than there are."""
+    for layer, banks in enumerate(sites):
+        experts = min((s.shape.members for s in banks.values() if s.part == "down"), default=None)
+        if experts is not None and experts_per_token(model.config) > experts:
+            raise CheckpointError(
+                f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
+                f"per token, and layer {layer} has {experts}"
+            )
 
 
 def _needs(plan: Plan) -> dict[int, list[Need]]:
@@ -325,6 +340,15 @@ def _warn(plan: Plan) -> None:
     if unread:
         plan.warnings.append(
             f"{len(unread)} tensors are not read by transformers ({unread[0]} ...): copied as is"
+        )
+    longest = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
+    evaluate = plan.recipe.evaluate
+    lengths = [text.length for text in evaluate.perplexity] if evaluate is not None else []
+    if plan.recipe.calibration is not None:
+        lengths.append(plan.recipe.calibration.length)
+    if isinstance(longest, int) and max(lengths, default=0) > longest:
+        plan.warnings.append(
+            f"sequences of {max(lengths)} tokens: the model was made for at most {longest}"
         )
     for number, step in enumerate(plan.recipe.steps):
         if not step.method.takes_size or step.size is None or step.size.rank is None:

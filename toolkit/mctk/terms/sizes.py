@@ -56,6 +56,7 @@ def rank_settings(
     multiple: int,
     storage: str,
     element_bytes: int | None = None,
+    beyond: bool = False,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the ranks worth having for a low-rank bank, and what each costs.
 
@@ -71,6 +72,8 @@ def rank_settings(
         storage: ``"plain"`` or ``"pivoted"`` (the identity in the factor with fewer slots).
         element_bytes: Bytes of a weight, for costs in bytes (pivot positions counted); None for
             costs in parameters.
+        beyond: Also the ranks that cost no less than dense: a plan in bytes may want them where
+            terms are stored in fewer bytes than the original.
 
     Returns:
         Settings, ascending with `DENSE` last, and the stored parameters or bytes of each.
@@ -88,7 +91,7 @@ def rank_settings(
         cost -= pivoted * rank * rank
         if element_bytes is not None:
             cost = cost * element_bytes + pivoted * rank * _PIVOT_BYTES
-        if cost >= dense or (costs and cost <= costs[-1]):
+        if (cost >= dense and not beyond) or (costs and cost <= costs[-1]):
             break
         settings.append(rank)
         costs.append(cost)
