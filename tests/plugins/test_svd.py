@@ -91,7 +91,7 @@ def test_sizes_say_what_is_stored():
             assert sum(term.parameters() for term in terms) == cost
     plain = Svd().sizes(shape, LowRankOptions(rank_multiple=2))[0]
     assert plain == [2, 4, 6, 8, 10, 12, DENSE]  # a plan leaves out what is no smaller
-    assert Svd().sizes(shape, LowRankOptions(rank_multiple=3))[0] == [3, 6, DENSE]
+    assert Svd().sizes(shape, LowRankOptions(rank_multiple=3))[0] == [3, 6, 9, 12, DENSE]
     assert 10 in settings
 
 

@@ -249,6 +249,11 @@ def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: b
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from ..checkpoint import Source
+    from ..sweep import StreamedModel
+
+    # transformers fills what a checkpoint lacks with random numbers; the headers tell before.
+    StreamedModel(Source(path), trust_remote_code=trust_remote_code)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # progress is ours to tell
