@@ -38,7 +38,10 @@ def recipe_options(command: Any) -> Any:
             "--dtype",
             help="Compute in auto, float32, bfloat16 or float16 (auto: the checkpoint's).",
         ),
-        click.option("--storage-dtype", help="Write new tensors in this dtype (auto: the same)."),
+        click.option(
+            "--storage-dtype",
+            help="Write new tensors in this dtype, and name it in config.json (auto: the model's).",
+        ),
         click.option("--seed", type=int, help="Salt of everything that is drawn."),
         click.option(
             "--trust-remote-code/--no-trust-remote-code",

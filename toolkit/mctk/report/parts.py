@@ -121,7 +121,9 @@ def perplexity_table(
         for protocol in (get(before, name, "protocol"), get(after, name, "protocol")):
             if protocol:
                 protocols[protocol] = None
-    notes = [f"Protocol: {', '.join(protocols)}."] if protocols else []
+    dtype, device = get(compressed, "dtype"), get(compressed, "device")
+    computed = f", computed in {dtype} on {device}" if dtype and device else ""
+    notes = [f"Protocol: {', '.join(protocols)}{computed}."] if protocols else []
     if paired:
         notes.append(
             "Δ log-perplexity: compressed less original on the same windows; the interval is a "
