@@ -127,6 +127,15 @@ def test_more_experts_per_token_than_experts_are_refused(write_recipe, registry,
         make_plan(load_recipe(write_recipe(model=str(model)), registry=registry), registry)
 
 
+def test_fewer_layers_than_the_files_hold_are_refused(write_recipe, registry, tmp_path, mixtral):
+    model = tmp_path / "shallow"
+    shutil.copytree(mixtral, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"config\.json says 2 layers, and the files hold tensor"):
+        make_plan(load_recipe(write_recipe(model=str(model)), registry=registry), registry)
+
+
 def test_sequences_beyond_the_models_positions_are_warned_of(write_recipe, registry):
     path = write_recipe(
         evaluate={"perplexity": [{"text": str(TEXT / "test" / "bible.jsonl"), "length": 1024}]}

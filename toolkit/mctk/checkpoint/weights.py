@@ -49,18 +49,21 @@ class WeightMap:
     unread: tuple[str, ...]
     tied: dict[str, str]
 
-    def place(self, path: str, layers: int) -> tuple[list[list[str]], list[str]]:
+    def place(self, path: str, layers: int, extra: int = 0) -> tuple[list[list[str]], list[str]]:
         """Says where each source tensor belongs.
 
         Args:
             path: Path of the model's list of decoder layers.
             layers: How many there are.
+            extra: How many layers of another kind (multi-token prediction) may follow them in the
+                files, not read by transformers.
 
         Returns:
             Per layer the tensors that feed it, and the tensors that feed none.
 
         Raises:
             UserError: A tensor feeds several layers, or a layer and something outside.
+            CheckpointError: The files hold more layers than config.json says.
         """
         inside = re.compile(rf"{re.escape(path)}\.(\d+)\.")
         by_layer: list[list[str]] = [[] for _ in range(layers)]
@@ -72,6 +75,12 @@ class WeightMap:
                 raise UserError(f"{name}: feeds several layers at once; not supported")
             [home] = homes
             (outer if home is None else by_layer[home]).append(name)
+        for name in self.unread:
+            match = inside.match(name)
+            if match is not None and int(match[1]) >= layers + extra:
+                raise CheckpointError(
+                    f"config.json says {layers} layers, and the files hold tensor {name}"
+                )
         return by_layer, outer
 
 

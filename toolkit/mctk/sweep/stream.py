@@ -87,8 +87,9 @@ class StreamedModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.layers_path, self.layers = find_layers(self.model)
         self.weights = map_weights(self.model, source)
+        extra = getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0
         self.layer_tensors, self.outer_tensors = self.weights.place(
-            self.layers_path, len(self.layers)
+            self.layers_path, len(self.layers), extra
         )
 
     def load_outer(self) -> None:
