@@ -193,8 +193,8 @@ def _print(found: dict[str, Any]) -> None:
 
     baseline, model = found.get("baseline"), found["model"]
     for table in (
-        perplexity_table(baseline, model, found.get("paired")),
-        tasks_table(baseline, model),
+        perplexity_table(baseline, model, found.get("paired"), ("baseline", "model")),
+        tasks_table(baseline, model, ("baseline", "model")),
     ):
         if table.rows:
             click.echo(table.markdown() + "\n")

@@ -29,6 +29,9 @@ SIZES: list[tuple[str, str, Format]] = [
 ]
 
 
+NAMES = ("original", "compressed")  # what is compared, unless a table says otherwise
+
+
 def method_of(step: Any) -> str:
     """What a recipe's step does: "decompose svdllm"."""
     return text(get(step, "method")).replace("/", " ")
@@ -90,15 +93,18 @@ def interval(entry: Any) -> str:
 
 
 def perplexity_table(
-    original: Metrics | None, compressed: Metrics | None, paired: Metrics | None
+    original: Metrics | None,
+    compressed: Metrics | None,
+    paired: Metrics | None,
+    names: tuple[str, str] = NAMES,
 ) -> Table:
-    """Token perplexity of each text set; `original` may be absent."""
+    """Token perplexity of each text set; `original` may be absent; `names` head the columns."""
     before = get(original, "perplexity") or {}
     after = get(compressed, "perplexity") or {}
     columns = [Column("text", "text", left=True)]
     if before:
-        columns.append(Column("before", "original ↓", fixed(3)))
-    columns.append(Column("after", "compressed ↓" if before else "perplexity ↓", fixed(3)))
+        columns.append(Column("before", f"{names[0]} ↓", fixed(3)))
+    columns.append(Column("after", f"{names[1]} ↓" if before else "perplexity ↓", fixed(3)))
     if before:
         columns.append(Column("ratio", "ratio", fixed(3)))
     if paired:
@@ -126,7 +132,7 @@ def perplexity_table(
     notes = [f"Protocol: {', '.join(protocols)}{computed}."] if protocols else []
     if paired:
         notes.append(
-            "Δ log-perplexity: compressed less original on the same windows; the interval is a "
+            f"Δ log-perplexity: {names[1]} less {names[0]} on the same windows; the interval is a "
             "paired bootstrap over windows."
         )
     return Table(columns, rows, notes)
@@ -141,7 +147,9 @@ def _accuracy(entry: Any, metric: str) -> str:
     return shown + (" ‡" if get(entry, "constant") else "")
 
 
-def tasks_table(original: Metrics | None, compressed: Metrics | None) -> Table:
+def tasks_table(
+    original: Metrics | None, compressed: Metrics | None, names: tuple[str, str] = NAMES
+) -> Table:
     """lm-eval's tasks; the parts of a group are left to metrics.json."""
     before, after = get(original, "tasks") or {}, get(compressed, "tasks") or {}
     columns = [
@@ -151,8 +159,8 @@ def tasks_table(original: Metrics | None, compressed: Metrics | None) -> Table:
         Column("metric", "metric", left=True),
     ]
     if before:
-        columns.append(Column("before", "original"))
-    columns.append(Column("after", "compressed" if before else "value"))
+        columns.append(Column("before", names[0]))
+    columns.append(Column("after", names[1] if before else "value"))
     columns.append(Column("chance", "chance", fixed(4)))
     columns.append(Column("samples", "documents"))
     rows: list[Mapping[str, Any]] = []
@@ -160,8 +168,8 @@ def tasks_table(original: Metrics | None, compressed: Metrics | None) -> Table:
         entry = after.get(name) or before.get(name)
         if get(entry, "group") is not None:
             continue
-        names = {**(get(before, name, "metrics") or {}), **(get(after, name, "metrics") or {})}
-        for metric in names:
+        found = {**(get(before, name, "metrics") or {}), **(get(after, name, "metrics") or {})}
+        for metric in found:
             rows.append(
                 {
                     "task": name,
