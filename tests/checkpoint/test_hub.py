@@ -53,7 +53,7 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch):
         raise OSError("404: no such model\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    with pytest.raises(UserError, match=r"owner/nam is no directory here.*404: no such model and more$"):
+    with pytest.raises(UserError, match=r"owner/nam is no directory.*404: no such model and more$"):
         open_source("owner/nam")
 
 

@@ -148,7 +148,8 @@ def _trace(metrics: Metrics) -> list[str]:
     ]
     explanation = (
         "Relative squared error on calibration inputs that each layer kept: of the bank's output "
-        "while its members still correspond to the original's, and of the whole layer's output."
+        "while its members still correspond to the original's, and of the whole layer's output. "
+        'The rows "as stored" include the rounding to the storage dtype.'
     )
     return [explanation, _folded(Table(columns, rows))]
 
