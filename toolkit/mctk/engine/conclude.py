@@ -64,8 +64,9 @@ def _evaluate(run: Run, directory: Path, fingerprint: str, reporter: Reporter) -
     found: dict[str, Any] = {"original": evaluate_original(run, directory, fingerprint, reporter)}
     with reporter.phase("evaluate compressed", 1):
         settings = _evaluation_settings(run)
-        found["compressed"] = evaluate_model(run.output, recipe.evaluate, **settings)
-        reporter.step("done")
+        found["compressed"] = evaluate_model(
+            run.output, recipe.evaluate, report=reporter.progress, **settings
+        )
     found["paired"] = compare(found["original"], found["compressed"], recipe.seed)
     return found
 
@@ -94,8 +95,7 @@ def evaluate_original(
         found: dict[str, Any] = json.loads(known.read_text())
         return found
     with reporter.phase("evaluate original", 1):
-        found = evaluate_model(run.plan.source.path, section, **settings)
-        reporter.step("done")
+        found = evaluate_model(run.plan.source.path, section, report=reporter.progress, **settings)
     known.parent.mkdir(parents=True, exist_ok=True)
     write_json(known, found)
     return found

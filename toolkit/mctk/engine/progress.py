@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SELDOM = 30.0  # seconds between plain lines within one part of a phase
+
 
 class Reporter:
     """Progress and log of one command.
@@ -35,6 +37,7 @@ class Reporter:
         self._total = 0
         self._done = 0
         self._started = 0.0
+        self._told = 0.0
         self._bar: Progress | None = None
         self.seconds: dict[str, float] = {}
 
@@ -63,7 +66,7 @@ class Reporter:
     def phase(self, name: str, total: int) -> Iterator[None]:
         """A stretch of work of `total` steps (layers, mostly); its seconds are kept by name."""
         self._phase, self._total, self._done = name, total, 0
-        self._started = time.perf_counter()
+        self._started = self._told = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if self.console.is_terminal and not self.console.quiet:
                 self._bar = stack.enter_context(
@@ -85,6 +88,21 @@ class Reporter:
                 self._bar = None
                 elapsed = time.perf_counter() - self._started
                 self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        """How far a part of the phase is; on plain lines once in a while, and at its end."""
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            named = f"{self._phase} · {text}"
+            self._bar.update(task, completed=done, total=total, description=named)
+        now = time.perf_counter()
+        if done < total and now - self._told < SELDOM:
+            return
+        self._told = now
+        line = f"{self._phase}: {text} {done}/{total}"
+        if self._bar is None:
+            self.console.print(line, markup=False, soft_wrap=True)
+        self._log(line)
 
     def step(self, text: str) -> None:
         """One step of the phase is done; `text` says which and how it went."""
