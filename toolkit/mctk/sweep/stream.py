@@ -7,6 +7,8 @@ scaling and whatever else a family passes to its layers is the family's own doin
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,6 +118,7 @@ class StreamedModel:
             yield module
         finally:
             empty(module)
+            _return_memory()
 
     @contextlib.contextmanager
     def replaced(self, forward: Callable[[int, torch.Tensor, LayerCall], Any]) -> Iterator[None]:
@@ -200,6 +203,26 @@ def hidden_of(output: Any, name: str) -> torch.Tensor:
     if extra or not isinstance(output[0], torch.Tensor):
         raise UserError(f"{name}: passes more than hidden states to the next layer; not supported")
     return output[0]
+
+
+@functools.cache
+def _trimmer() -> Callable[[int], int] | None:
+    """Glibc's `malloc_trim`; None where the C library has none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _return_memory() -> None:
+    """Gives a freed layer's memory back to the system.
+
+    glibc keeps freed blocks of some megabytes, in an arena for each thread that ever loaded a
+    tensor; over many layers the holes between them add up to another layer or more.
+    """
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
 
 
 def share_calls(calls: list[LayerCall], earlier: list[LayerCall] | None) -> list[LayerCall]:
