@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..evaluate.suite import load_tokenizer, resolve_device
 from ..files import write_json, write_text
 from ..plan import Plan, count_model, make_plan
+from ..runtime import meta_tensors
 from ..statistics import Need, StatisticsCache, cache_directory
 from ..terms import Term
 from .calibrate import cache_context, calibrate
@@ -119,12 +120,6 @@ def _check_set(recipes: Sequence[Recipe]) -> None:
         for key in shared:
             if getattr(recipe, key) != getattr(first, key):
                 raise recipe.error((key,), "differs between the runs of one set")
-        if recipe.propagate == "compressed":
-            raise recipe.error(
-                ("calibration", "propagate"),
-                "statistics of the compressed model's activations are not supported yet; "
-                "write propagate: original",
-            )
 
 
 def _identity(plan: Plan, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
@@ -294,13 +289,7 @@ def terms_of(run: Run) -> dict[int, dict[str, list[Term]]]:
             if entry is None:
                 continue
             specs = entry["terms"] if site.part == "linear" else entry["terms"][site.part]
-            changed.setdefault(index, {})[name] = [_meta_term(spec) for spec in specs]
+            changed.setdefault(index, {})[name] = [
+                Term.from_spec(spec, meta_tensors(spec)) for spec in specs
+            ]
     return changed
-
-
-def _meta_term(spec: dict[str, Any]) -> Term:
-    tensors = {
-        name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
-        for name, entry in spec["tensors"].items()
-    }
-    return Term.from_spec(spec, tensors)

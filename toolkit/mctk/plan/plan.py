@@ -249,6 +249,12 @@ def make_plan(
         )
     sites = [bank_sites(layer) for layer in model.layers]
     _check_routing(model, sites)
+    if recipe.propagate == "compressed":
+        raise recipe.error(
+            ("calibration", "propagate"),
+            "statistics of the compressed model's activations are not supported yet; "
+            "write propagate: original",
+        )
     recipe.check_layers(len(sites))
     targets = [_targets(recipe, number, sites) for number in range(len(recipe.steps))]
     original = count_model(model, {})

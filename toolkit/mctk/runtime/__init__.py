@@ -6,7 +6,7 @@
 from .experts import Observer, TermExperts, experts_forward, observe
 from .linear import TermLinear
 from .names import GUARD, IMPLEMENTATION
-from .owner import TermModule, tensor_name
+from .owner import TermModule, meta_tensors, tensor_name
 from .quantizer import (
     FORMAT_VERSION,
     MctkConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_config",
     "experts_forward",
     "load_providers",
+    "meta_tensors",
     "observe",
     "register",
     "swap",

@@ -82,7 +82,7 @@ class TermModule(nn.Module):
                     f"{where}.{key}: is {spec.get(key)!r}, the model's module has {wanted}"
                 )
         try:
-            term = Term.from_spec(spec, _meta_tensors(spec)).to(dtype)
+            term = Term.from_spec(spec, meta_tensors(spec)).to(dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
         for key, tensor in term.tensors().items():
@@ -144,7 +144,7 @@ class TermModule(nn.Module):
         )
 
 
-def _meta_tensors(spec: Mapping[str, Any]) -> dict[str, Tensor]:
+def meta_tensors(spec: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that a spec describes, without data."""
     tensors = {}
     entries = spec.get("tensors")

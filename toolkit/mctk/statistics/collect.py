@@ -17,8 +17,6 @@ from .values import LayerStatistics, Moment
 if TYPE_CHECKING:
     from ..models import BankSite
 
-Tap = Callable[[int, torch.Tensor], None]  # member and its input rows [T, in]
-
 
 class _MomentSum:
     """Accumulates Σ x xᵀ per member in float32 (bfloat16 sums would be 5 % off)."""
