@@ -22,10 +22,11 @@ class Truncate(Method):
     Options = TruncateOptions
     takes_size = True
 
-    def sizes(self, shape, options):
+    def sizes(self, banks, options):
+        (shape,) = [bank.shape for bank in banks.values()]
         return [8, -1], [8 * (shape.out_features + shape.in_features), 1 << 20]
 
-    def curve(self, bank, statistics, options):
+    def curve(self, banks, statistics, options):
         return [1.0, 0.0]
 
     def decompose(self, bank, statistics, size, options):

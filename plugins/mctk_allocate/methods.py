@@ -23,7 +23,7 @@ class Uniform(Method):
 
     def allocate(
         self, curves: list[SizeCurve], budget: int, options: Any
-    ) -> dict[tuple[int, str], int]:
+    ) -> dict[tuple[int, int, str], int]:
         """Needs the curves' costs only, so a plan knows the outcome before any data is read."""
         costs = [curve.cost for curve in curves]
         try:
@@ -55,12 +55,12 @@ class ByLoss(Method):
 
     def allocate(
         self, curves: list[SizeCurve], budget: int, options: ByLossOptions
-    ) -> dict[tuple[int, str], int]:
+    ) -> dict[tuple[int, int, str], int]:
         """Trades every bank of every layer against every other, whatever method each one uses."""
         costs, errors = [], []
         for curve in curves:
             if curve.error is None:
-                layer, bank = curve.item
+                _, layer, bank = curve.item
                 raise UserError(
                     f"allocate/by_loss needs squared errors per size, and the method for {bank} in "
                     f"layer {layer} gives none: use allocate/uniform"
@@ -74,7 +74,7 @@ class ByLoss(Method):
         return _by_item(curves, choice)
 
 
-def _by_item(curves: list[SizeCurve], choice: list[int]) -> dict[tuple[int, str], int]:
+def _by_item(curves: list[SizeCurve], choice: list[int]) -> dict[tuple[int, int, str], int]:
     return {curve.item: k for curve, k in zip(curves, choice, strict=True)}
 
 

@@ -9,7 +9,8 @@ from mctk.decompose import LowRankOptions
 from mctk.hookspecs import Method
 
 if TYPE_CHECKING:
-    from mctk.terms import Bank, BankShape, Term
+    from mctk.hookspecs import Layer, Terms
+    from mctk.terms import Bank, Term
 
 
 class Svd(Method):
@@ -24,13 +25,13 @@ class Svd(Method):
     # It knows what it removes from the weights, not what that does to any output.
     units = "score"
 
-    def sizes(self, shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
+    def sizes(self, banks: Layer, options: LowRankOptions) -> tuple[list[int], list[int]]:
         """All ranks, then dense."""
-        return decompose.sizes(shape, options)
+        return decompose.sizes(banks, options)
 
-    def layout(self, shape: BankShape, size: int | None, options: LowRankOptions) -> list[Term]:
+    def layout(self, banks: Layer, size: int | None, options: LowRankOptions) -> Terms:
         """Two factors for every member."""
-        return decompose.layout(shape, size, options)
+        return decompose.layout(banks, size, options)
 
     def decompose(
         self, bank: Bank, statistics: Any, size: int | None, options: LowRankOptions

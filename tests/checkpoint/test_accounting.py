@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+
 import families
 import pytest
 import torch
 from mctk.checkpoint import (
     Source,
     active_parameters,
+    bank_macs,
     count,
+    expert_macs,
     experts_per_token,
     macs,
     original_terms,
+    visited,
 )
 from mctk.errors import UserError
 from mctk.models import BankSite, bank_sites
+from mctk.runtime import TermExperts, role
 from mctk.sweep import StreamedModel
-from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse
+from mctk.terms import BankShape, Bias, Dense, DynamicDense, LowRank, Sparse
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -108,7 +115,7 @@ def test_changed_modules_replace_their_tensors(tmp_path):
     assert before.bytes - after.bytes == 4 * saved - 2 * low.parameters()
     met = K * I * 3 + 3 * H  # V is shared: it is met once
     assert before.active_parameters - after.active_parameters == K * (I * H + I) - met
-    assert before.macs_per_token - after.macs_per_token == K * (I * H - 3 * (I + H))
+    assert before.macs_per_token - after.macs_per_token == K * I * H - 3 * (K * I + H)
 
 
 def test_a_bank_without_any_term_counts_nothing(tmp_path):
@@ -127,20 +134,112 @@ def test_a_bank_without_any_term_counts_nothing(tmp_path):
     assert before.macs_per_token - after.macs_per_token == K * H * I
 
 
+def test_how_many_slots_a_token_meets():
+    assert visited([0, 0, 0, 0], 2) == {0: 1}
+    assert visited([0, 1, 2, 3], 2) == dict.fromkeys(range(4), Fraction(1, 2))
+    assert visited([None, 0, None, None], 2) == {0: Fraction(1, 2)}
+    # Of the ten pairs of five members, nine hold one of the first three, seven one of the others.
+    assert visited([0, 0, 0, 1, 1], 2) == {0: Fraction(9, 10), 1: Fraction(7, 10)}
+    assert visited([0, 0, 0, 1, 1], 3) == {0: 1, 1: Fraction(9, 10)}
+    for slots in ([0, 0, 1, 2, None, 1], [0, 1, 0, 1, 2, 2]):
+        for k in range(1, 7):
+            chosen = list(itertools.combinations(slots, k))
+            for slot, chance in visited(slots, k).items():
+                assert chance == Fraction(sum(slot in c for c in chosen), len(chosen))
+
+
 def test_active_parameters_of_shared_slots():
     shape = BankShape(4, 6, 8)
     base = Dense(shape, [0] * 4, torch.zeros(1, 6, 8))
     assert active_parameters(base, 2) == 48
-    assert macs(base, 2) == 96
     groups = Dense(shape, [0, 0, 1, None], torch.zeros(2, 6, 8))
-    assert active_parameters(groups, 1) == 48
-    assert active_parameters(groups, 3) == 96
-    assert macs(groups, 2) == 2 * 3 * 48 // 4  # the mean over members: one is absent
+    assert active_parameters(groups, 1) == 36  # half of the tokens one, a quarter the other
+    assert active_parameters(groups, 3) == 48 + 36
     low = LowRank(shape, range(4), [0] * 4, U=torch.zeros(4, 6, 2), V=torch.zeros(1, 2, 8))
     assert active_parameters(low, 2) == 2 * 12 + 16
-    assert active_parameters(Bias(shape, [None, 0, None, None], torch.zeros(1, 6)), 2) == 6
+    assert active_parameters(low.pivot(), 2) == 2 * 12 + 12
+    assert active_parameters(Bias(shape, [None, 0, None, None], torch.zeros(1, 6)), 2) == 3
     sparse = Sparse(shape, range(4), torch.zeros(4, 5), torch.arange(20).view(4, 5).int())
     assert active_parameters(sparse, 2) == 10
+    skipped = DynamicDense(
+        shape, [0] * 4, torch.zeros(1, 6, 8), drop=3, axis="cols", energy=torch.zeros(1, 8)
+    )
+    assert active_parameters(skipped, 2) == 6 * 5 + 8
+
+
+def test_macs_of_what_is_shared():
+    shape = BankShape(4, 6, 8)
+    base = Dense(shape, [0] * 4, torch.zeros(1, 6, 8))
+    assert macs(base, 2) == 96  # every member by itself
+    assert macs(base, 2, role(base, "up")) == 48
+    groups = Dense(shape, [0, 0, 1, None], torch.zeros(2, 6, 8))
+    assert macs(groups, 2) == 2 * 3 * 48 // 4  # the mean over members: one is absent
+    assert macs(groups, 2, role(groups, "down")) == 48 * 5 // 6 + 48 // 2
+    own = Dense(shape, range(4), torch.zeros(4, 6, 8))
+    assert macs(own, 2, role(own, "up")) == macs(own, 2) == 96
+    low = LowRank(shape, range(4), [0] * 4, U=torch.zeros(4, 6, 2), V=torch.zeros(1, 2, 8))
+    assert macs(low, 2, role(low, "up")) == 16 + 2 * 12
+    assert macs(low, 2, role(low, "down")) == 2 * (16 + 12)  # V meets each expert's own values
+    left = LowRank(shape, [0] * 4, range(4), U=torch.zeros(1, 6, 2), V=torch.zeros(4, 2, 8))
+    assert macs(left, 2, role(left, "up")) == 2 * (16 + 12)
+    assert macs(left, 2, role(left, "down")) == 2 * 16 + 12
+    both = LowRank(shape, [0] * 4, [0] * 4, U=torch.zeros(1, 6, 2), V=torch.zeros(1, 2, 8))
+    assert macs(both, 2, role(both, "up")) == 16 + 12
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+@pytest.mark.parametrize("slots", [[0] * 4, [0, 1, 1, 0], [0, 0, 1, None], [0, 1, 2, 3]])
+def test_macs_are_those_of_the_run(monkeypatch, part, slots):
+    """Every set of experts is routed to once: what is multiplied is what is counted."""
+    module = bare_experts_of_mixtral()
+    wide = BankShape(4, I, H)
+    shape = BankShape(4, H, I) if part == "down" else wide
+    term = Dense(shape, slots, torch.zeros(4, shape.out_features, shape.in_features))
+    terms = {name: [] for name in ("gate", "up", "down")} | {part: [term]}
+    experts = TermExperts(module, {p: [t.spec() for t in bank] for p, bank in terms.items()})
+    for name, bank in terms.items():
+        experts.set_terms(name, bank)
+    rows = []
+    apply = Dense.apply
+    monkeypatch.setattr(Dense, "apply", lambda s, x, e: (rows.append(len(x)), apply(s, x, e))[1])
+    index = torch.tensor(list(itertools.combinations(range(4), K)))
+    experts(torch.zeros(len(index), H), index, torch.ones(len(index), K))
+    assert sum(rows) * H * I == len(index) * macs(term, K, role(term, part))
+
+
+def bare_experts_of_mixtral():
+    return families.tiny("mixtral").model.layers[0].mlp.experts
+
+
+def test_speed_bound_of_a_base_and_deltas(tmp_path):
+    """The issue's formula k / (p + k rho), for p = 1."""
+    _, opened = streamed(tmp_path, "mixtral")
+    rank, changed = 6, {}
+    for index, layer in enumerate(opened.layers):
+        changed[index] = {}
+        for name, site in bank_sites(layer).items():
+            if name.startswith("experts"):
+                s = site.shape
+                base = Dense(s, [0] * E, torch.zeros(1, s.out_features, s.in_features))
+                U, V = torch.zeros(E, s.out_features, rank), torch.zeros(E, rank, s.in_features)
+                changed[index][name] = [base, LowRank(s, range(E), range(E), U=U, V=V)]
+    rho = rank * (H + I) / (H * I)
+    before, after = (expert_macs(opened.layers, K, c) for c in ({}, changed))
+    assert before / after == pytest.approx(K / (1 + K * rho))
+    sizes = counted(opened, changed)
+    assert counted(opened).macs_per_token - sizes.macs_per_token == before - after
+
+
+def test_down_below_a_norm_is_computed_by_expert():
+    layer = torch.nn.Module()
+    layer.experts = bare_experts_of_mixtral()
+    layer.experts.has_post_expert_norm = True
+    shape = BankShape(4, H, I)
+    base = Dense(shape, [0] * 4, torch.zeros(1, H, I))
+    down = BankSite("experts.down", "experts", "down", shape, False)
+    assert bank_macs(layer, down, [base], K) == K * H * I
+    layer.experts.has_post_expert_norm = False
+    assert bank_macs(layer, down, [base], K) == H * I
 
 
 def test_original_terms_are_on_meta():

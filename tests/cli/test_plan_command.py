@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -25,6 +26,7 @@ def test_a_plan_in_words(mctk, write_recipe, tmp_path):
         "step 1: decompose/svd_llm on experts.down, experts.gate, experts.up of layers 0-2" in out
     )
     assert "planned (exact)" in out and "active parameters" in out
+    assert re.search(r"speed: the experts multiply .* at most 1\.\d\d times as fast as the", out)
     assert "12 sequences of 64 tokens (enough text)" in out
     assert "SecondMoment(experts.gate, input)" in out and "peak memory: about" in out
     assert not (tmp_path / "out").exists()
@@ -36,6 +38,9 @@ def test_a_plan_as_json(mctk, write_recipe):
     sizes = json.loads(out)["sizes"]
     kept = sizes["planned"]["expert_parameters"] / sizes["original"]["expert_parameters"]
     assert sizes["exact"] and 0.795 <= kept <= 0.8
+    speed = json.loads(out)["speed"]  # nothing is shared: the arithmetic falls as the size does
+    assert speed["planned_expert_macs"] / speed["expert_macs"] == pytest.approx(kept, abs=1e-3)
+    assert speed["bound"] == speed["expert_macs"] / speed["planned_expert_macs"]
 
 
 def test_a_bound_says_that_it_is_one(mctk, write_recipe):
@@ -44,6 +49,7 @@ def test_a_bound_says_that_it_is_one(mctk, write_recipe):
     assert code == 0
     assert "a bound: the allocator decides by measured errors" in out
     assert "planned (exact)" not in out and "decided by errors" in out
+    assert "speed:" not in out
 
 
 def test_a_run_keeps_what_its_plan_promised(mctk, write_recipe, tmp_path):

@@ -144,21 +144,28 @@ def test_min_keep_is_a_floor(problem, min_keep):
 
 
 def curves(with_errors=True):
-    steep = SizeCurve((0, "a"), (8, 16, -1), (10, 20, 40), (9.0, 1.0, 0.0) if with_errors else None)
-    flat = SizeCurve((1, "a"), (8, 16, -1), (10, 20, 40), (3.0, 2.9, 0.0) if with_errors else None)
+    steep = SizeCurve(
+        (0, 0, "a"), (8, 16, -1), (10, 20, 40), (9.0, 1.0, 0.0) if with_errors else None
+    )
+    flat = SizeCurve(
+        (0, 1, "a"), (8, 16, -1), (10, 20, 40), (3.0, 2.9, 0.0) if with_errors else None
+    )
     return [steep, flat]
 
 
 def test_methods_return_an_index_for_every_item():
-    assert Uniform().allocate(curves(False), 30, Uniform.Options()) == {(0, "a"): 0, (1, "a"): 1}
-    assert ByLoss().allocate(curves(), 30, ByLossOptions()) == {(0, "a"): 1, (1, "a"): 0}
-    assert ByLoss().allocate(curves(), 40, ByLossOptions()) == {(0, "a"): 1, (1, "a"): 1}
+    assert Uniform().allocate(curves(False), 30, Uniform.Options()) == {
+        (0, 0, "a"): 0,
+        (0, 1, "a"): 1,
+    }
+    assert ByLoss().allocate(curves(), 30, ByLossOptions()) == {(0, 0, "a"): 1, (0, 1, "a"): 0}
+    assert ByLoss().allocate(curves(), 40, ByLossOptions()) == {(0, 0, "a"): 1, (0, 1, "a"): 1}
 
 
 def test_the_option_changes_the_outcome():
-    assert ByLoss().allocate(curves(), 50, ByLossOptions()) == {(0, "a"): 2, (1, "a"): 0}
+    assert ByLoss().allocate(curves(), 50, ByLossOptions()) == {(0, 0, "a"): 2, (0, 1, "a"): 0}
     even = ByLoss().allocate(curves(), 50, ByLossOptions(min_keep=0.5))
-    assert even == {(0, "a"): 1, (1, "a"): 1}
+    assert even == {(0, 0, "a"): 1, (0, 1, "a"): 1}
     with pytest.raises(ValidationError):
         ByLossOptions(min_keep=1.5)
 

@@ -82,16 +82,22 @@ def test_sizes_say_what_is_stored():
     shape = BankShape(3, 12, 20)
     for storage in ("plain", "pivoted"):
         options = LowRankOptions(storage=storage, rank_multiple=2)
-        settings, costs = Svd().sizes(shape, options)
+        bank = make_bank()
+        settings, costs = Svd().sizes({bank.name: bank}, options)
         assert settings[-1] == DENSE
         assert costs[-1] == shape.parameters
-        bank = make_bank()
         for rank, cost in zip(settings, costs, strict=True):
             terms = Svd().decompose(bank, None, rank, options)
             assert sum(term.parameters() for term in terms) == cost
-    plain = Svd().sizes(shape, LowRankOptions(rank_multiple=2))[0]
+    plain = Svd().sizes({bank.name: bank}, LowRankOptions(rank_multiple=2))[0]
     assert plain == [2, 4, 6, 8, 10, 12, DENSE]  # a plan leaves out what is no smaller
-    assert Svd().sizes(shape, LowRankOptions(rank_multiple=3))[0] == [3, 6, 9, 12, DENSE]
+    assert Svd().sizes({bank.name: bank}, LowRankOptions(rank_multiple=3))[0] == [
+        3,
+        6,
+        9,
+        12,
+        DENSE,
+    ]
     assert 10 in settings
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import families
 import pytest
 import torch
 from mctk.checkpoint import Source
-from mctk.engine.calibrate import cache_context, calibrate, layer_statistics
+from mctk.engine.calibrate import cache_context, calibrate
 from mctk.engine.progress import Reporter
 from mctk.errors import UserError
-from mctk.models import bank_sites, read_banks
+from mctk.models import BankSite, bank_sites, installed, read_banks
 from mctk.runtime import observe
 from mctk.statistics import (
+    ChannelEnergy,
     ExpertFrequency,
+    Fisher,
     LayerCollector,
     LayerSamples,
     LayerStatistics,
@@ -38,9 +42,15 @@ SEQUENCES, LENGTH, BATCH = 5, 11, 2
 
 def needs_of(sites: dict, samples: int = 20) -> list[Need]:
     """Everything that can be asked of a layer."""
-    moments = {SecondMoment(name, side).canonical(sites) for name in sites
-               for side in ("input", "output")}  # fmt: skip
-    return [ExpertFrequency(), RouterWeight(), LayerSamples(samples), *sorted(moments, key=repr)]
+    needs: list[Need] = []
+    for name, site in sites.items():
+        for side in ("input", "output"):
+            needs += [SecondMoment(name, side), SecondMoment(name, side, pooled=True)]
+        needs.append(ChannelEnergy(name))
+        if site.part != "linear":
+            needs.append(ChannelEnergy(name, weighted=True))
+    unique = {need.canonical(sites) for need in needs}
+    return [ExpertFrequency(), RouterWeight(), LayerSamples(samples), *sorted(unique, key=repr)]
 
 
 class Bench:
@@ -70,7 +80,8 @@ class Bench:
         )
 
     def statistics(self, layer: int) -> LayerStatistics:
-        return layer_statistics(self.cache(), layer, self.needs[layer], self.sites[layer])
+        values = {n: partial(self.cache().get, n, layer) for n in self.needs[layer]}
+        return LayerStatistics(layer, values, self.sites[layer])
 
 
 FAMILIES = ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "llama"]
@@ -126,6 +137,7 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
     members = max((s.shape.members for s in sites.values() if s.part == "down"), default=0)
     frequency = torch.zeros(members, dtype=torch.int64)
     weight = torch.zeros(members, dtype=torch.float64)
+    weighted: dict[str, list[torch.Tensor]] = defaultdict(list)
     for name, site in sites.items():
         if site.part == "linear":
             for (x,) in found[site.module]:
@@ -133,6 +145,7 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
     for hidden, chosen, weights in found["mlp.experts"]:
         experts = layer.mlp.experts
         for token, row in enumerate(chosen.tolist()):
+            mixed: dict[str, torch.Tensor | int] = dict.fromkeys(("gate", "up", "down"), 0)
             for slot, e in enumerate(row):
                 frequency[e] += 1
                 weight[e] += weights[token, slot].double()
@@ -148,6 +161,9 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
                 h = experts._apply_gate(fused[None])[0]
                 for part, value in (("gate", x), ("up", x), ("down", h)):
                     inputs[f"experts.{part}"][e].append(value)
+                    mixed[part] = mixed[part] + weights[token, slot].double() * value.double()
+            for part, value in mixed.items():
+                weighted[f"experts.{part}"].append(value)
     values: dict[Need, object] = {ExpertFrequency(): frequency, RouterWeight(): weight}
     for name, site in sites.items():
         shape = site.shape
@@ -160,6 +176,13 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
                     total[member] += v[:, None] * v[None, :]
             count = torch.tensor([len(inputs[name][m]) for m in range(shape.members)])
             values[SecondMoment(name, side)] = Moment(total, count)
+            pooled = Moment(total.sum(0, keepdim=True), count.sum()[None])
+            values[SecondMoment(name, side, pooled=True)] = pooled
+            if side == "input":
+                values[ChannelEnergy(name)] = total.diagonal(dim1=1, dim2=2)
+        if name in weighted:
+            energy = sum(row.square() for row in weighted[name])
+            values[ChannelEnergy(name, weighted=True)] = energy[None]
     return values
 
 
@@ -176,6 +199,9 @@ def test_statistics_equal_plain_loops(benches, family):
                 assert torch.equal(value.count, expected.count)
                 scale = expected.value.abs().max()
                 assert torch.allclose(value.value.double(), expected.value, atol=1e-5 * scale)
+            elif isinstance(need, ChannelEnergy):
+                assert value.dtype == torch.float32 and value.shape == expected.shape
+                assert torch.allclose(value.double(), expected, rtol=1e-5)
             elif isinstance(need, ExpertFrequency):
                 assert value.dtype == torch.int64
                 assert torch.equal(value, expected)
@@ -212,6 +238,30 @@ def test_what_enters_up_enters_gate(benches):
     up, gate = (statistics[SecondMoment(f"experts.{part}")] for part in ("up", "gate"))
     assert torch.equal(up.value, gate.value)
     assert SecondMoment("experts.up").canonical(["experts.up"]) == SecondMoment("experts.up")
+
+
+def test_needs_have_one_name_where_inputs_are_the_same():
+    both = ["experts.gate", "experts.up", "experts.down"]
+    for need in (
+        SecondMoment("experts.up", of="current", pooled=True),
+        ChannelEnergy("experts.up"),
+        ChannelEnergy("experts.up", weighted=True),
+    ):
+        assert need.canonical(both) == dataclasses.replace(need, bank="experts.gate")
+        assert need.canonical(["experts.up"]) == need
+    for need in (
+        SecondMoment("experts.up", "output"),
+        Fisher("experts.up"),
+        ChannelEnergy(),
+        ExpertFrequency(),
+    ):
+        assert need.canonical(both) == need
+
+
+def test_what_needs_the_backward_sweep_and_cannot_be_kept():
+    assert Fisher("x").gradient and Fisher("x").transient
+    for need in (SecondMoment("x"), ChannelEnergy(), ExpertFrequency(), LayerSamples()):
+        assert not need.gradient and not need.transient
 
 
 def test_a_layer_without_experts(benches):
@@ -263,10 +313,105 @@ def test_output_moments_of_a_compressed_layer():
     assert moment.count.tolist() == [7]
 
 
+# What steps have made of a layer.
+
+
+def current(layer, banks: dict[str, Bank], needs: list[Need]) -> tuple[LayerStatistics, dict]:
+    """Statistics of a layer as it runs with other terms, and what reached its experts' down."""
+    sites = bank_sites(layer)
+    reached: dict[int, list[torch.Tensor]] = defaultdict(list)
+    hidden = torch.randn(19, 32, generator=torch.Generator().manual_seed(4))
+    with installed(layer, banks, torch.float32), torch.no_grad():
+        collector = LayerCollector(layer, 0, sites, banks, needs, torch.device("cpu"))
+        with collector.listening():
+            layer.mlp(hidden[None])
+        with observe(layer.mlp.experts, lambda e, *a: reached[e].append(a[3])):
+            layer.mlp(hidden[None])
+    return collector.result(), {e: torch.cat(rows) for e, rows in reached.items()}
+
+
+def test_current_outputs_are_those_of_the_residuals():
+    layer = families.tiny("gpt_oss").model.layers[0]
+    layer.mlp.experts.config._experts_implementation = "mctk"
+    banks = read_banks(layer, 0)
+    bank = banks["experts.down"]
+    dense, bias = bank.terms
+    base = dense.weight.mean(0, keepdim=True)
+    residual = Dense(bank.shape, dense.slots, dense.weight - base)
+    low = LowRank(bank.shape, [0] * 4, [0] * 4, U=torch.randn(1, 32, 2), V=torch.randn(1, 2, 24))
+    shared = Dense(bank.shape, [0] * 4, base)
+    banks["experts.down"] = Bank("experts.down", 0, bank.shape, [shared, residual, low, bias])
+    banks = {name: b for name, b in banks.items() if name.startswith("experts.")}
+    each = SecondMoment("experts.down", "output", of="current")
+    every = dataclasses.replace(each, pooled=True)
+    found, reached = current(layer, banks, [each, every])
+    assert reached
+    total = torch.zeros(32, 32)
+    for e in range(4):
+        rows = reached.get(e, torch.zeros(0, 24)) @ residual.weight[e].T
+        assert found[each].count[e] == len(rows)
+        torch.testing.assert_close(found[each].value[e], rows.T @ rows, rtol=1e-4, atol=1e-4)
+        total += rows.T @ rows
+    torch.testing.assert_close(found[every].value, total[None], rtol=1e-4, atol=1e-4)
+    assert found[every].count.tolist() == [2 * 19]
+    banks["experts.down"] = Bank("experts.down", 0, bank.shape, [low, bias])
+    with pytest.raises(ValueError, match=r"experts.down of layer 0: has no dense term left"):
+        current(layer, banks, [each])
+
+
+def test_current_inputs_come_in_the_present_order():
+    layer = families.tiny("mixtral").model.layers[0]
+    layer.mlp.experts.config._experts_implementation = "mctk"
+    banks = {k: b for k, b in read_banks(layer, 0).items() if k.startswith("experts.")}
+    need = SecondMoment("experts.down", of="current")
+    energy = ChannelEnergy(weighted=True, of="current")
+    before, _ = current(layer, banks, [need, energy])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
+    permuted = {}
+    for name, bank in banks.items():
+        weight = bank.terms[0].weight
+        weight = weight[:, :, order] if name == "experts.down" else weight[:, order]
+        terms = [Dense(bank.shape, bank.terms[0].slots, weight.contiguous())]
+        permuted[name] = Bank(name, 0, bank.shape, terms)
+    after, _ = current(layer, permuted, [need, energy])
+    torch.testing.assert_close(after[energy], before[energy][:, order], rtol=1e-4, atol=1e-5)
+    expected = before[need].value[:, order][:, :, order]
+    torch.testing.assert_close(after[need].value, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before[need].value, expected, rtol=1e-2)
+
+
+def test_current_is_the_original_where_no_step_came_before():
+    original, present = (Moment(torch.ones(1, 2, 2) * i, torch.tensor([i])) for i in (1, 2))
+    need = SecondMoment("experts.up", of="current")
+    values: dict[Need, Moment] = {SecondMoment("experts.gate"): original}
+    statistics = LayerStatistics(0, values, ["experts.gate", "experts.up"])
+    assert need in statistics
+    assert statistics[need] is original
+    assert dataclasses.replace(need, pooled=True) not in statistics
+    energy = ChannelEnergy("experts.up", weighted=True, of="current")
+    assert energy not in statistics
+    values[ChannelEnergy("experts.gate", weighted=True)] = torch.ones(1, 2)
+    assert energy in LayerStatistics(0, values, ["experts.gate", "experts.up"])
+    values[SecondMoment("experts.gate", of="current")] = present
+    statistics = LayerStatistics(0, values, ["experts.gate", "experts.up"])
+    assert statistics[need] is present
+    assert statistics[SecondMoment("experts.up")] is original
+
+
+def test_routing_weights_belong_to_experts(benches):
+    layer = benches("mixtral").whole.model.layers[0]
+    sites, banks = bank_sites(layer), read_banks(layer, 0)
+    with pytest.raises(ValueError, match=r"no routing weights belong to attention.q"):
+        LayerCollector(
+            layer, 0, sites, banks, [ChannelEnergy("attention.q", True)], torch.device("cpu")
+        )
+
+
 def test_listening_ends(benches):
     layer = benches("mixtral").whole.model.layers[0]
     sites, banks = bank_sites(layer), read_banks(layer, 0)
-    collector = LayerCollector(layer, 0, sites, banks, needs_of(sites), torch.device("cpu"))
+    needs = [need for need in needs_of(sites) if not isinstance(need, LayerSamples)]
+    collector = LayerCollector(layer, 0, sites, banks, needs, torch.device("cpu"))
     with pytest.raises(RuntimeError), collector.listening():
         raise RuntimeError
     seen = []
@@ -274,7 +419,11 @@ def test_listening_ends(benches):
         benches("mixtral").whole(families.token_ids())
     assert seen
     assert int(collector.frequency.sum()) == 0
-    assert all(int(total.count.sum()) == 0 for total in collector.sums.values())
+    for need, value in collector.result().items():
+        if isinstance(need, SecondMoment):
+            assert int(value.count.sum()) == 0
+        elif isinstance(need, ChannelEnergy):
+            assert not value.any()
 
 
 def test_pooled():
@@ -316,6 +465,11 @@ def test_sizes_are_those_of_the_stored_tensors(benches, family):
             assert sum(t.numel() * t.element_size() for t in payload.values()) == stored
 
 
+def test_the_size_of_fisher_information():
+    sites = {"x": BankSite("x", "x", "linear", BankShape(3, 5, 7), False)}
+    assert size_of(Fisher("x"), sites, 32, 2, LENGTH) == 3 * 5 * 7 * 4
+
+
 # The cache.
 
 
@@ -341,7 +495,7 @@ def test_only_what_is_missing_is_collected(tmp_path):
     assert bench.calibrate(cache) == 1
     asked = sum(len(needs) for needs in everything.values())
     assert (cache.hits, cache.misses) == (2, 2 + asked - 2)
-    assert not list((tmp_path / "state").iterdir())
+    assert not list((tmp_path / "state").glob("*.safetensors"))
 
 
 def test_a_killed_calibration_goes_on(tmp_path, monkeypatch):
@@ -430,6 +584,13 @@ def test_the_key_changes_with_need_layer_and_version(benches, monkeypatch):
         SecondMoment("experts.gate"),
         SecondMoment("experts.gate", "output"),
         SecondMoment("experts.down"),
+        SecondMoment("experts.down", of="current"),
+        SecondMoment("experts.down", pooled=True),
+        ChannelEnergy(),
+        ChannelEnergy(weighted=True),
+        ChannelEnergy(of="current"),
+        Fisher("experts.down"),
+        Fisher("experts.down", "model"),
         ExpertFrequency(),
         RouterWeight(),
         LayerSamples(10),
@@ -483,6 +644,9 @@ def test_values_come_back_as_they_were_put(tmp_path):
         RouterWeight(): torch.randn(3, dtype=torch.float64),
         LayerSamples(4): torch.randn(2, 4, 3).bfloat16(),
         SecondMoment("x"): Moment(torch.randn(2, 3, 3).mT, torch.tensor([1, 2])),
+        SecondMoment("x", pooled=True): Moment(torch.randn(1, 3, 3), torch.tensor([3])),
+        ChannelEnergy("x"): torch.randn(2, 3),
+        Fisher("x"): torch.randn(2, 4, 3),
     }
     for need, value in values.items():
         cache.put(need, 1, value)

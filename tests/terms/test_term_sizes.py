@@ -44,7 +44,7 @@ def test_settings_count_what_terms_count(
     u_slots = 1 if sharing == "U" else members
     v_slots = 1 if sharing == "V" else members
     ranks, costs = rank_settings(shape, u_slots, v_slots, multiple, storage, element_bytes)
-    SizeCurve((0, "bank"), ranks, costs)
+    SizeCurve((0, 0, "bank"), ranks, costs)
     assert ranks[-1] == DENSE
     assert costs[-1] == members * out * inner * (element_bytes or 1)
     for rank, cost in zip(ranks[:-1], costs[:-1], strict=True):
@@ -84,4 +84,4 @@ def test_bad_settings_are_refused():
 )
 def test_bad_curves_are_refused(ranks, cost, error, match):
     with pytest.raises(ValueError, match=match):
-        SizeCurve((3, "experts.up"), ranks, cost, error)
+        SizeCurve((0, 3, "experts.up"), ranks, cost, error)

@@ -1,8 +1,9 @@
-"""Registers our checkpoint format with transformers as soon as that is imported, not sooner.
+"""Registers us with transformers as soon as that is imported, not sooner.
 
 `import mctk` costs milliseconds: neither torch nor transformers is imported here. A finder waits
-for `transformers.quantizers.auto`, where formats are registered, and every use of a model imports
-that module.
+for two modules: `transformers.quantizers.auto`, where formats are registered, and every use of a
+model imports it; and `transformers.dynamic_module_utils`, which loads code that checkpoints carry,
+sooner than that (see `mctk.runtime.remote`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-TARGET = "transformers.quantizers.auto"
+FORMATS = "transformers.quantizers.auto"
+REMOTE = "transformers.dynamic_module_utils"
+_WRAPPED = "_mctk_wraps"
 
 
 class _RegisteringLoader(Loader):
@@ -29,7 +33,7 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _register()
+        _TARGETS[module.__name__](module)
 
     def __getattr__(self, name: str) -> object:
         # Whatever else is asked of a loader (get_source, get_data ...).
@@ -37,7 +41,7 @@ class _RegisteringLoader(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds `TARGET` as the other finders do, and wraps its loader."""
+    """Finds the modules that we wait for as the other finders do, and wraps their loaders."""
 
     def __init__(self) -> None:
         self._searching = False
@@ -45,7 +49,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TARGET or self._searching:
+        if fullname not in _TARGETS or self._searching:
             return None
         self._searching = True
         try:
@@ -57,13 +61,43 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def _register() -> None:
+def _register(module: ModuleType) -> None:
     importlib.import_module("mctk.runtime.quantizer")
 
 
+def _mend_remote_code(module: ModuleType) -> None:
+    """Tries remote code that imports names of old once more, with those names in place.
+
+    transformers imports all remote code in one function, and only code that the user trusts.
+    """
+    load: Callable[..., type] = module.get_class_in_module
+    if hasattr(load, _WRAPPED):
+        return
+
+    def get_class_in_module(class_name: str, module_path: Any, **options: Any) -> type:
+        try:
+            return load(class_name, module_path, **options)
+        except ImportError as error:
+            remote = importlib.import_module("mctk.runtime.remote")
+            if not remote.is_old(error):
+                raise
+        with remote.old_names():
+            return remote.mend(load(class_name, module_path, **options))
+
+    setattr(get_class_in_module, _WRAPPED, load)
+    module.get_class_in_module = get_class_in_module  # type: ignore[attr-defined]
+
+
+_TARGETS = {FORMATS: _register, REMOTE: _mend_remote_code}
+
+
 def install() -> None:
-    """Registers us now if transformers is loaded, else as soon as it is; may be called again."""
-    if TARGET in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Registers us now where transformers is loaded, else as soon as it is; may be called again."""
+    waiting = False
+    for name, act in _TARGETS.items():
+        if name in sys.modules:
+            act(sys.modules[name])
+        else:
+            waiting = True
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mctk.statistics import Need
     from mctk.terms import Bank, BankShape, SizeCurve, Term
 
-    Item = tuple[int, str]  # layer and bank name
+    Item = tuple[int, int, str]  # step, layer, bank (of a layer scope: its banks, joined by +)
     Layer = Mapping[str, Bank]  # the targeted banks of one layer by name; one bank if scope says so
     Terms = Mapping[str, list[Term]]  # by bank name; a bank left out stays as it is
 
@@ -43,7 +43,7 @@ class Method:
     reference: ClassVar[str] = ""  # paper or URL
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     scope: ClassVar[Literal["bank", "layer"]] = "bank"  # one call a bank, or a layer with all banks
-    takes_size: ClassVar[bool] = False  # then `sizes` is needed, and `curve` if in squared errors
+    takes_size: ClassVar[bool | Literal["optional"]] = False  # needs `sizes`; `curve` if in errors
     units: ClassVar[Literal["squared_error", "score"]] = "squared_error"  # of `curve`
     propagate: ClassVar[Literal["original", "compressed"]] = "original"  # the paper's calibration
     needs_curves: ClassVar[bool] = False  # an allocator that reads the curves' errors
@@ -54,16 +54,16 @@ class Method:
         return []
 
     @hookspec
-    def sizes(self, shape: BankShape, options: Any) -> tuple[list[int], list[int]]:
-        """Returns settings (a `size`: low rank's r; DENSE last) and the parameters each stores."""
+    def sizes(self, banks: Layer, options: Any) -> tuple[list[int], list[int]]:
+        """Returns settings (DENSE: no change, last) and parameters, of what the step rewrites."""
 
     @hookspec
-    def layout(self, shape: BankShape, size: int | None, options: Any) -> list[Term] | None:
-        """Returns terms on meta as they will be stored, for plans; None if that depends on data."""
+    def layout(self, banks: Layer, size: int | None, options: Any) -> Terms | None:
+        """Returns `banks` on meta as they will be stored, for plans; None if data decide that."""
 
     @hookspec
-    def curve(self, bank: Bank, statistics: Any, options: Any) -> list[float]:
-        """Returns the bank output's squared error (or a score) per size, over tokens, falling."""
+    def curve(self, banks: Layer, statistics: Any, options: Any) -> list[float]:
+        """Returns the banks' squared output error (or a score) per size, over tokens, falling."""
 
     @hookspec
     def decompose(self, bank: Bank, statistics: Any, size: int | None, options: Any) -> list[Term]:
@@ -75,7 +75,7 @@ class Method:
 
     @hookspec
     def merge(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:
-        """Returns shared and residual terms, or groups of experts."""
+        """Returns shared and residual terms, or groups; `size`: an even share of the budget."""
 
     @hookspec
     def prune(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:

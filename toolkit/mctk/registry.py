@@ -253,8 +253,8 @@ def _check_method(method: Any) -> None:
     for hook in required:
         if not _implements(method, hook):
             raise TypeError(f"hook {hook}() is not implemented")
-    if method.scope == "layer" and (method.stage == "decompose" or method.takes_size):
-        raise TypeError("scope 'layer' does not go with decompose, nor with takes_size")
+    if method.scope == "layer" and method.stage == "decompose":
+        raise TypeError("scope 'layer' does not go with decompose")
     for hook, expected in _METHOD_HOOKS.items():
         given = tuple(inspect.signature(getattr(method, hook)).parameters)
         # pluggy names arguments that the spec has not, with the place of the definition; it lets

@@ -3,11 +3,14 @@
 from .accounting import (
     ModelSizes,
     active_parameters,
+    bank_macs,
     count,
+    expert_macs,
     experts_per_token,
     macs,
     original_terms,
     terms_in,
+    visited,
 )
 from .hub import open_source
 from .source import Source, TensorInfo, read_header
@@ -19,9 +22,11 @@ __all__ = [
     "TensorInfo",
     "WeightMap",
     "active_parameters",
+    "bank_macs",
     "check_tied",
     "count",
     "empty",
+    "expert_macs",
     "experts_per_token",
     "fill",
     "macs",
@@ -30,4 +35,5 @@ __all__ = [
     "original_terms",
     "read_header",
     "terms_in",
+    "visited",
 ]

@@ -2,13 +2,18 @@
 
 Parameters are stored weight elements, tied tensors once; bytes are tensor payload, positions
 included; active parameters are those that one token passes through; multiply-adds are those of the
-weight matrices (attention scores, norms and activations are left out).
+weight matrices (attention scores, norms and activations are left out). What experts share counts
+once per token in both, as the run time computes it; where that depends on the routing, the
+expected number for experts that are chosen equally often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import comb
 from typing import Any
 
 import torch
@@ -16,7 +21,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..models import BankSite, bank_sites, is_experts, own_tensors
-from ..terms import Bias, Dense, Term
+from ..runtime import Role, is_expert_list, role
+from ..terms import Bias, Dense, DynamicDense, LowRank, Term
 from .source import FLOATING, Source
 from .weights import WeightMap
 
@@ -91,20 +97,97 @@ def original_terms(site: BankSite, dtype: torch.dtype) -> list[Term]:
     return terms
 
 
+def visited(slots: Sequence[int | None], k: int) -> dict[int, Fraction]:
+    """How likely a token that visits k different members meets each slot.
+
+    All sets of k members are equally likely (uniform routing without replacement): of M members,
+    m in the slot, it is ``1 - C(M - m, k) / C(M, k)``. The sum is the expected number of slots.
+    """
+    members = len(slots)
+    sizes = Counter(slot for slot in slots if slot is not None)
+    every = comb(members, k)
+    return {slot: 1 - Fraction(comb(members - m, k), every) for slot, m in sizes.items()}
+
+
 def active_parameters(term: Term, k: int) -> int:
-    """Stored elements of a term that one token meets when it visits k members.
+    """Stored elements of a term that one token meets when it visits k members, in expectation.
 
     A slot that members share is met once, however many of them are visited. Each tensor counts by
-    its own slots, its first dimension: one V of a low-rank term, shared by all, is met whole.
+    its own slots: one V of a low-rank term, shared by all, is met whole. Channels that a dynamic
+    base skips are not met.
     """
-    weights = [t for t in term.tensors().values() if t.is_floating_point() and t.numel()]
-    return sum(t.numel() // t.shape[0] * min(k, t.shape[0]) for t in weights)
+    total = Fraction(0)
+    for name, tensor in term.tensors().items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        stored = tensor.shape[0]
+        size = tensor.numel() // stored
+        slots = term.slots
+        if isinstance(term, LowRank) and (name == "V" or (name == "C" and term.side == "V")):
+            slots = term.v_slots
+        if any(slot is not None and slot >= stored for slot in slots):
+            total += size * min(k, stored)  # a plugin's tensor, with slots of its own
+            continue
+        dynamic = isinstance(term, DynamicDense) and name == "weight"
+        for slot, chance in visited(slots, k).items():
+            total += chance * (term.macs(slots.index(slot)) if dynamic else size)
+    return int(total)
 
 
-def macs(term: Term, k: int) -> int:
-    """Multiply-adds of a term for a token that visits k members (mean over members)."""
-    members = term.shape.members
-    return k * sum(term.macs(member) for member in range(members)) // members
+def macs(term: Term, k: int, how: Role | None = None) -> int:
+    """Multiply-adds of a term for a token that visits k members, in expectation.
+
+    Args:
+        term: The term.
+        k: How many different members a token visits.
+        how: What the run time shares of the term; None: it computes every member by itself.
+    """
+    members = range(term.shape.members)
+    if how is None or how.groups is None:
+        return k * sum(term.macs(member) for member in members) // len(members)
+    chances = visited(how.groups, k)
+    if how.whole:
+        return int(sum(c * term.macs(how.groups.index(g)) for g, c in chances.items()))
+    # One factor once per group, which of the two is what `inner` says; the other for each member.
+    assert isinstance(term, LowRank)
+    once, each = term.inner_macs, term.outer_macs
+    if not how.inner:
+        once, each = each, once
+    served = Fraction(k * sum(term.has(member) for member in members), len(members))
+    return int(sum(chances.values()) * once + served * each)
+
+
+def bank_macs(layer: nn.Module, site: BankSite, terms: Iterable[Term], k: int) -> int:
+    """Multiply-adds of a bank's terms for one token, as the run time computes them.
+
+    Args:
+        layer: The decoder layer that holds the bank.
+        site: The bank.
+        terms: Its terms.
+        k: Experts per token.
+    """
+    if site.part == "linear":
+        return sum(macs(term, 1) for term in terms)
+    module = layer.get_submodule(site.module)
+    # Experts in a list are called one by one, and a norm on each expert's output keeps down apart.
+    apart = is_expert_list(module) or (
+        site.part == "down" and getattr(module, "has_post_expert_norm", False)
+    )
+    return sum(macs(term, k, None if apart else role(term, site.part)) for term in terms)
+
+
+def expert_macs(
+    layers: Iterable[nn.Module], k: int, changed: Mapping[int, Mapping[str, list[Term]]]
+) -> int:
+    """Multiply-adds of the routed experts for one token; see `count`."""
+    total = 0
+    for index, layer in enumerate(layers):
+        for name, site in bank_sites(layer).items():
+            if site.part != "linear":
+                terms = changed.get(index, {}).get(name)
+                terms = terms_in(layer, site) if terms is None else terms
+                total += bank_macs(layer, site, terms, k)
+    return total
 
 
 def count(
@@ -135,14 +218,13 @@ def count(
         new = changed.get(index, {})
         for name, site in sites.items():
             routed = site.part != "linear"
-            visits = k if routed else 1
             if name in new:
                 module = f"{layers_path}.{index}.{site.module}"
                 gone |= {f"{module}.{own}" for own in own_tensors(layer, site)}
                 parameters += sum(term.parameters() for term in new[name])
                 bytes_ += sum(term.nbytes() for term in new[name])
             terms = new[name] if name in new else terms_in(layer, site)
-            multiply_adds += sum(macs(term, visits) for term in terms)
+            multiply_adds += bank_macs(layer, site, terms, k)
             if routed:
                 expert_parameters += sum(term.parameters() for term in terms)
                 active += sum(active_parameters(term, k) for term in terms)

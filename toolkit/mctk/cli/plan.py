@@ -82,6 +82,13 @@ def _show(plan: dict[str, Any]) -> None:
                 f"\nplanned: between {bound['least']:,} and {bound['most']:,} {bound['unit']} "
                 "(a bound: the allocator decides by measured errors)"
             )
+    speed = plan["speed"]
+    if speed and speed["bound"]:
+        click.echo(
+            f"\nspeed: the experts multiply {count(speed['planned_expert_macs'])} times per token "
+            f"instead of {count(speed['expert_macs'])}: at most {speed['bound']:.2f} times as fast "
+            "as the original experts"
+        )
     click.echo()
     _show_layers(plan["layers"])
     if plan["statistics"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +10,9 @@ import transformers
 
 from ..files import write_text
 from ..models import EXPERTS_IMPLEMENTATION, read_banks
-from ..statistics import LayerCollector, LayerStatistics, Need, StatisticsCache
-from ..sweep import ForwardSweep, LayerVisit, StreamedModel
+from ..statistics import LayerCollector, Need, StatisticsCache
+from ..sweep import BoundaryStore, ForwardSweep, LayerVisit, StreamedModel
+from .prepare import is_current
 from .progress import Reporter
 
 if TYPE_CHECKING:
@@ -45,13 +44,6 @@ def cache_context(
     }
 
 
-def layer_statistics(
-    cache: StatisticsCache, layer: int, needs: Iterable[Need], sites: dict[str, BankSite]
-) -> LayerStatistics:
-    """A layer's statistics, each read from the cache when a method asks for it."""
-    return LayerStatistics(layer, {n: partial(cache.get, n, layer) for n in needs}, sites)
-
-
 def calibrate(
     model: StreamedModel,
     ids: torch.Tensor,
@@ -61,22 +53,30 @@ def calibrate(
     cache: StatisticsCache,
     state: Path,
     reporter: Reporter,
+    boundaries: BoundaryStore | None = None,
 ) -> int:
-    """Collects what the cache lacks.
+    """Collects what the cache lacks of the original's forward statistics.
 
     Args:
         model: The streamed model.
         ids: Calibration sequences [N, T].
         batch: Sequences per forward pass.
-        needs: Layer → canonical needs, united over all runs.
+        needs: Layer → canonical needs, united over all runs; those that a forward sweep of the
+            original model cannot give are passed over.
         sites: Per layer, its banks.
         cache: Where statistics go.
         state: Directory for the hidden states, so that a killed sweep goes on.
         reporter: Progress.
+        boundaries: Keeps what enters the layers, for a backward sweep; the sweep is then run even
+            if no statistic is missing, unless the store is complete.
 
     Returns:
         The number of sweeps that it took: 0 if everything was in the cache.
     """
+    needs = {
+        layer: [need for need in wanted if not need.gradient and not is_current(need)]
+        for layer, wanted in needs.items()
+    }
     missing = {
         layer: [need for need in wanted if not cache.has(need, layer)]
         for layer, wanted in needs.items()
@@ -85,17 +85,24 @@ def calibrate(
     cache.misses += misses
     cache.hits += sum(len(wanted) for wanted in needs.values()) - misses
     missing = {layer: wanted for layer, wanted in missing.items() if wanted}
-    if not missing:
-        return 0
-    sweep = ForwardSweep(model, ids, batch, state / "hidden.safetensors")
-    tag = state / "hidden.of"  # which tokens and model the saved hidden states belong to
+    tag = state / "hidden.of"  # which tokens and model the kept hidden states belong to
     context = repr(sorted(cache.context.items()))
     if not tag.exists() or tag.read_text() != context:
         (state / "hidden.safetensors").unlink(missing_ok=True)
+        if boundaries is not None:
+            boundaries.clear()
         write_text(tag, context)
-    start = min(sweep.saved_layer(), min(missing))
-    # Saved states serve only if they enter exactly the first layer that is still missing.
-    start = start if start == sweep.saved_layer() else 0
+    count = len(model.layers)
+    kept = boundaries is None or (boundaries.complete(count) and boundaries.has(count))
+    if not missing and kept:
+        return 0
+    sweep = ForwardSweep(model, ids, batch, state / "hidden.safetensors", boundaries)
+    start = sweep.saved_layer()
+    # Saved states serve if nothing is missing below the layer that they enter.
+    if start > min(missing, default=count) or not (
+        boundaries is None or boundaries.complete(start)
+    ):
+        start = 0
 
     def visit(layer: LayerVisit) -> list[torch.Tensor]:
         wanted = missing.get(layer.index, [])
@@ -115,10 +122,9 @@ def calibrate(
         reporter.step(f"layer {layer.index}" + _spread(collector.frequency))
         return outputs
 
-    with reporter.phase("calibrate", len(model.layers) - start):
+    with reporter.phase("calibrate", count - start):
         sweep.run(visit, start)
-    for path in (state / "hidden.safetensors", tag):
-        path.unlink(missing_ok=True)
+    (state / "hidden.safetensors").unlink(missing_ok=True)
     return 1
 
 

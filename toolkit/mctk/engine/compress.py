@@ -18,11 +18,11 @@ from torch import nn
 from ..files import write_tensors
 from ..models import installed, read_banks
 from ..plan import TRACE_TOKENS, Plan, Size
-from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics, StatisticsCache
+from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics
 from ..sweep import LayerCall, StreamedModel
 from ..terms import Bank
-from .calibrate import layer_statistics
 from .passes import run_passes
+from .prepare import Preparation
 from .progress import Reporter
 from .shards import cast_terms, describe, relative_weight_error, write_layer
 from .trace import LayerTrace
@@ -40,12 +40,14 @@ class Run:
         plan: Its plan.
         workspace: Its directory.
         sizes: Every step's size on every bank, once decided.
+        preparation: Its statistics and prepared layers; None if there is no calibration text.
         hidden: The gate's sequence [1, T, H] after the layers that are done.
     """
 
     plan: Plan
     workspace: Workspace
     sizes: Size = field(default_factory=dict)
+    preparation: Preparation | None = None
     hidden: torch.Tensor | None = None
 
     @property
@@ -105,7 +107,6 @@ def compress(
     model: StreamedModel,
     runs: list[Run],
     sample: Sample,
-    cache: StatisticsCache | None,
     reporter: Reporter,
     registry: Registry,
 ) -> None:
@@ -115,7 +116,6 @@ def compress(
         model: The original, streamed.
         runs: The runs, sizes decided.
         sample: The sequences that measure.
-        cache: The statistics; None if there is no calibration.
         reporter: Progress.
         registry: The plugins; `layer_done` is called for each layer of each run.
     """
@@ -133,7 +133,7 @@ def compress(
             with model.layer(index) as module:
                 for run in runs:
                     if starts[id(run)] <= index:
-                        notes.append(_layer(run, model, index, module, sample, cache))
+                        notes.append(_layer(run, model, index, module, sample))
                         registry.hook.layer_done(run=run, layer=index)
             elapsed = time.perf_counter() - started
             reporter.step(f"layer {index} in {elapsed:.1f} s{''.join(notes)}")
@@ -153,23 +153,21 @@ def _layer(
     index: int,
     module: nn.Module,
     sample: Sample,
-    cache: StatisticsCache | None,
 ) -> str:
     """One run's passes on one filled layer; returns a note for the log."""
     started = time.perf_counter()
-    plan = run.plan
-    sites = plan.sites[index]
+    plan, preparation = run.plan, run.preparation
     banks = read_banks(module, index)
     needs = plan.needs.get(index, [])
     statistics = (
-        layer_statistics(cache, index, needs, sites)
-        if cache is not None
-        else LayerStatistics(index, {}, sites)
+        preparation.statistics(index)
+        if preparation is not None
+        else LayerStatistics(index, {}, plan.sites[index])
     )
+    prepared = preparation.banks(index, banks) if preparation is not None else None
     trace = _trace(model, index, module, sample, statistics, plan, banks)
-    now, rewritten = run_passes(
-        plan, run.sizes, index, banks, statistics, trace.after if trace else _untraced
-    )
+    after = trace.after if trace else _untraced
+    now, rewritten = run_passes(plan, run.sizes, index, banks, statistics, after, prepared=prepared)
     stored = cast_terms(plan, index, now, rewritten)
     if trace and rewritten:
         trace.after("as stored", sorted(rewritten), {**now, **stored})

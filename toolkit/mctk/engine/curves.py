@@ -11,42 +11,43 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 from ..files import write_json
 from ..models import read_banks
 from ..plan import TRACE_TOKENS, Plan
-from ..statistics import LayerSamples, StatisticsCache
+from ..statistics import LayerSamples
 from ..sweep import StreamedModel
-from ..terms import DENSE, Bank, Bias, SizeCurve
-from .calibrate import layer_statistics
+from ..terms import DENSE, Bank, SizeCurve
 from .compress import Sample
-from .passes import weights_of
+from .passes import Banks, apply_step
+from .prepare import Preparation
+from .prepared import on_meta
 from .progress import Reporter
 from .trace import LayerTrace
 
 
 def measure_curves(
-    plan: Plan,
+    preparation: Preparation,
     model: StreamedModel,
     sample: Sample,
-    cache: StatisticsCache,
     path: Path,
     reporter: Reporter,
 ) -> list[SizeCurve]:
-    """Computes the curves of all auto banks, a layer in memory at a time.
+    """Computes the curves of all auto items, a layer in memory at a time.
 
     Args:
-        plan: The run's plan.
+        preparation: The run's plan, statistics and prepared layers.
         model: The original, streamed; embeddings loaded.
         sample: The sequences that measure.
-        cache: The statistics.
         path: JSON file that keeps the finished layers' curves for a resumed run.
         reporter: Progress.
     """
+    plan = preparation.plan
     known: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
     by_layer: dict[int, list[SizeCurve]] = {}
     for curve in plan.curves:
-        by_layer.setdefault(curve.item[0], []).append(curve)
+        by_layer.setdefault(curve.item[1], []).append(curve)
     missing = {
         layer: curves
         for layer, curves in by_layer.items()
@@ -54,7 +55,7 @@ def measure_curves(
     }
     with reporter.phase("size curves", len(missing)):
         for layer, curves in missing.items():
-            known |= _layer_curves(plan, model, sample, cache, layer, curves)
+            known |= _layer_curves(preparation, model, sample, layer, curves)
             write_json(path, known)
             reporter.step(f"layer {layer}")
     return [
@@ -64,47 +65,69 @@ def measure_curves(
 
 
 def _key(curve: SizeCurve) -> str:
-    return f"{curve.item[0]}.{curve.item[1]}"
+    step, layer, banks = curve.item
+    return f"{layer}.{banks}.{step}"
 
 
 def _layer_curves(
-    plan: Plan,
+    preparation: Preparation,
     model: StreamedModel,
     sample: Sample,
-    cache: StatisticsCache,
     layer: int,
     curves: list[SizeCurve],
 ) -> dict[str, list[float]]:
-    """The errors of one layer's auto banks."""
+    """The errors of one layer's auto items."""
+    plan = preparation.plan
     sites = plan.sites[layer]
     found: dict[str, list[float]] = {}
     with model.layer(layer) as module:
-        banks = read_banks(module, layer)
-        statistics = layer_statistics(cache, layer, plan.needs[layer], sites)
+        original = read_banks(module, layer)
+        statistics = preparation.statistics(layer)
         samples = statistics[LayerSamples(TRACE_TOKENS)]
         calls = [calls[layer] for calls in sample.calls]
-        trace = LayerTrace(model, layer, module, sites, banks, samples, calls)
+        trace = LayerTrace(model, layer, module, sites, original, samples, calls)
+        prepared = preparation.banks(layer, original)
+        before = original if prepared is None else prepared[0]
         for curve in curves:
-            name = curve.item[1]
-            step = next(
-                step
-                for number, step in enumerate(plan.recipe.steps)
-                if step.auto and name in plan.targets[number].get(layer, ())
-            )
-            weights = weights_of(banks[name])
-            settings, _ = step.method.sizes(sites[name].shape, step.options)
+            number, _, names = curve.item[0], curve.item[1], curve.item[2].split("+")
+            step = plan.recipe.steps[number]
+            banks = {name: before[name] for name in names}
+            # Explicit steps between the prepared ones and this one come first.
+            for earlier in range(plan.prepared, number):
+                banks = _after_step(plan, earlier, layer, banks, original, statistics)
+            given = plan.step_banks(number, banks)
+            settings, _ = step.method.sizes(on_meta(given), step.options)
             errors = dict(
-                zip(settings, step.method.curve(weights, statistics, step.options), strict=True)
+                zip(settings, step.method.curve(given, statistics, step.options), strict=True)
             )
             own = [errors[setting] for setting in curve.settings]
             middle = _middle(curve, own, plan)
-            terms = step.method.decompose(weights, statistics, curve.settings[middle], step.options)
-            biases = [term for term in banks[name].terms if isinstance(term, Bias)]
-            replaced = {**banks, name: Bank(name, layer, sites[name].shape, [*terms, *biases])}
-            measured = trace.layer_error(trace.whole_modules(replaced, {name}))
+            setting = curve.settings[middle]
+            terms = apply_step(step, names, banks, original, statistics, setting)
+            replaced = {**before, **banks}
+            for name, new in terms.items():
+                replaced[name] = Bank(name, layer, sites[name].shape, new)
+            measured = trace.layer_error(trace.whole_modules(replaced, set(names)))
             rate = measured / own[middle] if own[middle] > 0 else 0.0
             found[_key(curve)] = _falling([rate * error for error in own])
     return found
+
+
+def _after_step(
+    plan: Plan, number: int, layer: int, banks: Banks, original: Banks, statistics: Any
+) -> Banks:
+    """The banks after a step whose size the recipe states; auto steps leave them as they are."""
+    step = plan.recipe.steps[number]
+    now = dict(banks)
+    for names in plan.groups(number, layer):
+        if step.auto or not set(names) <= set(banks):
+            continue
+        size = plan.setting(number, layer, names)
+        if size == DENSE:
+            continue
+        for name, terms in apply_step(step, names, now, original, statistics, size).items():
+            now[name] = Bank(name, layer, now[name].shape, terms)
+    return now
 
 
 def _middle(curve: SizeCurve, errors: list[float], plan: Plan) -> int:

@@ -22,8 +22,10 @@ def run_passes(
     banks: Banks,
     statistics: Any,
     after: Callable[[str, list[str], Banks], None],
+    stop: int | None = None,
+    prepared: tuple[Banks, set[str]] | None = None,
 ) -> tuple[Banks, set[str]]:
-    """Runs all steps on one layer.
+    """Runs the steps on one layer.
 
     Args:
         plan: The run's plan.
@@ -33,31 +35,33 @@ def run_passes(
         statistics: The layer's `LayerStatistics`.
         after: Is called after each pass with the step's name, the banks that it worked on and all
             banks as they are then.
+        stop: How many steps to run; all by default.
+        prepared: What the plan's prepared steps have made of the layer: they are not run again.
 
     Returns:
         All banks, and the names of those whose terms were rewritten.
     """
-    now = dict(banks)
-    rewritten: set[str] = set()
-    for number, step in enumerate(plan.recipe.steps):
-        names = [
-            name
-            for name in plan.targets[number].get(layer, [])
-            if sizes[number, layer, name] != DENSE
-        ]
-        groups = [[name] for name in names] if step.method.scope == "bank" else [names]
-        for group in groups:
-            if not group:
+    now, rewritten = dict(banks), set()
+    steps = list(enumerate(plan.recipe.steps))[: len(plan.recipe.steps) if stop is None else stop]
+    if prepared is not None:
+        now, rewritten = dict(prepared[0]), set(prepared[1])
+        steps = steps[plan.prepared :]
+        last = plan.recipe.steps[plan.prepared - 1]
+        if rewritten:
+            after(f"{last.stage}/{last.method.name}", sorted(rewritten), now)
+    for number, step in steps:
+        for names in plan.groups(number, layer):
+            size = sizes[number, layer, names[0]]
+            if size == DENSE:
                 continue
-            size = sizes[number, layer, group[0]]
-            for name, terms in _apply(step, group, now, banks, statistics, size).items():
+            for name, terms in apply_step(step, names, now, banks, statistics, size).items():
                 now[name] = Bank(name, layer, now[name].shape, terms)
                 rewritten.add(name)
-            after(f"{step.stage}/{step.method.name}", group, now)
+            after(f"{step.stage}/{step.method.name}", names, now)
     return now, rewritten
 
 
-def _apply(
+def apply_step(
     step: Step, names: list[str], now: Banks, original: Banks, statistics: Any, size: int | None
 ) -> dict[str, list[Term]]:
     """One call of a method, its result checked."""
@@ -86,7 +90,8 @@ def _call(
         name = names[0]
         # A bias is no matrix: it stays beside whatever replaces the weights.
         biases = [term for term in now[name].terms if isinstance(term, Bias)]
-        bank = weights_of(now[name])
+        weights = [term for term in now[name].terms if not isinstance(term, Bias)]
+        bank = Bank(name, now[name].layer, now[name].shape, weights)
         found = {name: [*method.decompose(bank, statistics, size, step.options), *biases]}
     elif step.stage in ("compensate", "distill"):
         before = {name: original[name] for name in names}
@@ -100,12 +105,6 @@ def _call(
         if name not in layer:
             raise ValueError(f"returned terms for {name}, which it was not given")
     return found
-
-
-def weights_of(bank: Bank) -> Bank:
-    """The bank without its biases."""
-    terms = [term for term in bank.terms if not isinstance(term, Bias)]
-    return Bank(bank.name, bank.layer, bank.shape, terms)
 
 
 def _check_finite(term: Term, where: str) -> None:

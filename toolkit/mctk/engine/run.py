@@ -22,6 +22,13 @@ from .compress import Run, Sample, compress, prepare_sample, size_from_record, s
 from .conclude import conclude, evaluate_original
 from .curves import measure_curves
 from .gate import GateError, check_fresh_process, check_sizes, check_streamed
+from .prepare import (
+    Preparation,
+    backward,
+    measure_current,
+    open_boundaries,
+    without_gradients,
+)
 from .progress import Reporter
 from .shards import copy_companions, write_config, write_index, write_outer
 from .workspace import Workspace
@@ -150,31 +157,58 @@ def _compress_all(
     """Everything up to the written and checked files."""
     plan = runs[0].plan
     model = plan.model
-    cache: StatisticsCache | None = None
-    sweeps = 0
+    collected = {"cache_hits": 0, "cache_misses": 0, "sweeps": 0, "backward_sweeps": 0}
     if windows is not None:
-        batch = plan.recipe.calibration.batch if plan.recipe.calibration else 1
-        context = cache_context(model, fingerprint, windows.digest, batch)
-        cache = StatisticsCache(directory, context)
-        needs = _union([r.plan for r in runs])
-        state = runs[0].workspace.state
-        sweeps = calibrate(model, windows.ids, batch, needs, plan.sites, cache, state, reporter)
+        collected |= _collect(runs, windows, fingerprint, directory, reporter)
     ids = windows.ids if windows is not None else _probe_ids(plan)
     sample = prepare_sample(model, ids)
     for r in runs:
-        _decide_sizes(r, sample, cache, reporter)
+        _decide_sizes(r, sample, reporter)
         manifest = r.workspace.manifest
-        manifest.setdefault("statistics", {"cache_hits": 0, "cache_misses": 0, "sweeps": 0})
-        if cache is not None and not manifest["layers"]:
-            manifest["statistics"] = {
-                "cache_hits": cache.hits,
-                "cache_misses": cache.misses,
-                "sweeps": sweeps,
-            }
+        if "statistics" not in manifest or not manifest["layers"]:
+            manifest["statistics"] = collected
         r.workspace.save()
-    compress(model, runs, sample, cache, reporter, registry)
+    compress(model, runs, sample, reporter, registry)
     for r in runs:
         _finish_files(r, sample, reporter)
+
+
+def _collect(
+    runs: list[Run],
+    windows: TokenWindows,
+    fingerprint: str,
+    directory: Path,
+    reporter: Reporter,
+) -> dict[str, int]:
+    """Takes all statistics and runs the prepared steps; returns what that took."""
+    plan, state = runs[0].plan, runs[0].workspace.state
+    model, calibration = plan.model, plan.recipe.calibration
+    assert calibration is not None
+    batch = calibration.batch
+    cache = StatisticsCache(directory, cache_context(model, fingerprint, windows.digest, batch))
+    preparations = [Preparation.of(r.plan, cache) for r in runs]
+    for r, preparation in zip(runs, preparations, strict=True):
+        r.preparation = preparation
+    boundaries = open_boundaries(preparations, windows.ids, state)
+    needs = _union([r.plan for r in runs])
+    sweeps = calibrate(
+        model, windows.ids, batch, needs, plan.sites, cache, state, reporter, boundaries
+    )
+    backwards = 0
+    if boundaries is not None:
+        backwards = backward(model, preparations, windows.ids, batch, boundaries, state, reporter)
+        boundaries.clear()
+    (state / "hidden.of").unlink(missing_ok=True)
+    without_gradients(model, preparations, reporter)
+    sweeps += measure_current(model, preparations, windows.ids, batch, reporter)
+    for r, preparation in zip(runs, preparations, strict=True):
+        r.plan.settle(preparation.meta())
+    return {
+        "cache_hits": cache.hits,
+        "cache_misses": cache.misses,
+        "sweeps": sweeps,
+        "backward_sweeps": backwards,
+    }
 
 
 def _union(plans: list[Plan]) -> dict[int, list[Need]]:
@@ -186,9 +220,7 @@ def _union(plans: list[Plan]) -> dict[int, list[Need]]:
     return needs
 
 
-def _decide_sizes(
-    run: Run, sample: Sample, cache: StatisticsCache | None, reporter: Reporter
-) -> None:
+def _decide_sizes(run: Run, sample: Sample, reporter: Reporter) -> None:
     """Allocates, or takes up what an interrupted run had allocated; restates the plan."""
     manifest = run.workspace.manifest
     if manifest["sizes"] is not None:
@@ -196,10 +228,10 @@ def _decide_sizes(
         return
     curves = None
     if run.plan.needs_curves:
-        if cache is None:
+        if run.preparation is None:
             raise run.plan.recipe.error((), "calibration is missing; the allocator needs curves")
         path = run.workspace.state / "curves.json"
-        curves = measure_curves(run.plan, run.plan.model, sample, cache, path, reporter)
+        curves = measure_curves(run.preparation, run.plan.model, sample, path, reporter)
     run.sizes = run.plan.solve(curves)
     manifest["sizes"] = size_record(run.sizes)
     write_json(run.workspace.state / "plan.json", restated(run))

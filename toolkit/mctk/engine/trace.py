@@ -20,6 +20,8 @@ from ..runtime import observe
 from ..sweep import LayerCall, StreamedModel
 from ..terms import Bank, Term
 
+UNCHANGED = 1e-4  # relative squared error that rounding may leave, in bfloat16 too
+
 
 class LayerTrace:
     """Measures one layer's passes on a sample.
@@ -48,6 +50,7 @@ class LayerTrace:
         self.sites, self.banks = sites, banks
         self.samples, self.calls = samples, calls
         self.rows: list[dict[str, Any]] = []
+        self.moved: set[str] = set()  # banks whose members no longer correspond to the original's
         self.inputs: dict[str, dict[int, list[torch.Tensor]]] = {}
         self.outputs = self._run(listen=True)
         self.energy = sum(
@@ -122,13 +125,13 @@ class LayerTrace:
         whole = self.whole_modules(banks, {n for n in banks if banks[n] is not self.banks[n]})
         error = self.layer_error(whole)
         for name in names:
+            bank_error = None if name in self.moved else self.bank_error(banks[name])
+            if bank_error is not None and error < UNCHANGED < bank_error:
+                # The layer gives what it gave, the bank does not: its neurons have changed places.
+                self.moved.add(name)
+                bank_error = None
             self.rows.append(
-                {
-                    "step": step,
-                    "bank": name,
-                    "bank_error": self.bank_error(banks[name]),
-                    "layer_error": error,
-                }
+                {"step": step, "bank": name, "bank_error": bank_error, "layer_error": error}
             )
 
     def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:

@@ -4,6 +4,7 @@ from .adapter import (
     BankSite,
     bank_sites,
     find_layers,
+    has_expert_list,
     installed,
     is_experts,
     module_specs,
@@ -12,6 +13,7 @@ from .adapter import (
     read_banks,
     write_banks,
 )
+from .remote import gradients_enabled
 from .skeleton import (
     EXPERTS_IMPLEMENTATION,
     build,
@@ -26,6 +28,8 @@ __all__ = [
     "bank_sites",
     "build",
     "find_layers",
+    "gradients_enabled",
+    "has_expert_list",
     "has_experts_interface",
     "installed",
     "is_experts",

@@ -3,7 +3,8 @@
 Nearly every Mixture-of-Experts family of transformers shares one experts module, whose flags
 (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`) say how its fused tensors are laid out.
 We trust the flags and refuse what has none; there is no table of class names. Everything else that
-multiplies by a matrix is an `nn.Linear` and a bank of one.
+multiplies by a matrix is an `nn.Linear` and a bank of one. Remote code of older days holds experts as
+a list of equal MLPs; their matrices are named, and what they compute is tried out.
 
 Bank names: `experts.gate|up|down`; for linears the module's path without its MoE block and without
 `_proj`: `attention.q`, `mlp.down`, `shared_expert.gate` ... Routers are never banks.
@@ -19,8 +20,19 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..runtime import TermExperts, TermLinear, TermModule, swap, tensor_name
+from ..runtime import (
+    TermExpertList,
+    TermExperts,
+    TermLinear,
+    TermModule,
+    is_expert_list,
+    join,
+    list_layout,
+    swap,
+    tensor_name,
+)
 from ..terms import Bank, BankShape, Bias, Dense, Term
+from .expert_list import stacked
 
 EXPERT_FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 # The field's word for a part, where modules call it otherwise.
@@ -38,7 +50,8 @@ class BankSite:
     Attributes:
         name: The bank's name.
         module: Path of the module that holds it, within the layer.
-        part: "gate", "up" or "down" of an experts module; "linear" of an `nn.Linear`.
+        part: "gate", "up" or "down" of an experts module or a list of experts; "linear" of an
+            `nn.Linear`.
         shape: Members, output and input features.
         bias: Whether its members have a bias.
     """
@@ -79,8 +92,18 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is transformers' shared experts module (or its compressed form)."""
-    return isinstance(module, TermExperts) or all(hasattr(module, f) for f in EXPERT_FLAGS)
+    """Whether a module is transformers' shared experts module, or its or a list's compressed form."""
+    if isinstance(module, TermExperts | TermExpertList):
+        return True
+    return all(hasattr(module, f) for f in EXPERT_FLAGS)
+
+
+def has_expert_list(model: nn.Module) -> bool:
+    """Whether any of a model's layers holds its experts as a list.
+
+    Gradients of such experts take one sequence at a time.
+    """
+    return any(is_expert_list(module) for module in model.modules())
 
 
 def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
@@ -93,16 +116,17 @@ def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
     sites: list[BankSite] = []
     blocks: dict[str, int] = {}  # path of a MoE block and a dot, or "" → number of its experts
     for path, module in layer.named_modules():
-        if is_experts(module):
-            found = _expert_sites(path, module)
+        if is_experts(module) or (_named_experts(path) and is_expert_list(module)):
+            block = layer.get_submodule(path.rpartition(".")[0])
+            found = _expert_sites(path, module, block)
             sites += found
             blocks[path[: path.rfind(".") + 1]] = found[0].shape.members
-        elif path.rpartition(".")[2] == "experts" or _holds_stacked_matrices(module):
+        elif _named_experts(path) or _holds_stacked_matrices(module):
             missing = [flag for flag in EXPERT_FLAGS if not hasattr(module, flag)]
             raise UserError(
                 f"{type(layer).__name__}.{path}: {type(module).__name__} is not the experts "
-                f"module that transformers shares between families (it has no {missing[0]}); it "
-                "is not supported yet"
+                f"module that transformers shares between families (it has no {missing[0]}), nor a "
+                "list of gated MLPs; it is not supported yet"
             )
     inside = tuple(site.module + "." for site in sites)
     for path, module in layer.named_modules():
@@ -120,6 +144,10 @@ def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
         if names.count(name) > 1:
             raise UserError(f"{type(layer).__name__}: two banks would be called {name}")
     return {site.name: site for site in sites}
+
+
+def _named_experts(path: str) -> bool:
+    return path.rpartition(".")[2] == "experts"
 
 
 def _holds_stacked_matrices(module: nn.Module) -> bool:
@@ -150,10 +178,12 @@ def _is_router(layer: nn.Module, path: str, block: str, experts: int) -> bool:
 def own_tensors(layer: nn.Module, site: BankSite) -> list[str]:
     """The names, within the bank's module, of what that module holds itself.
 
-    This is what terms stand in for; its children (a norm after the experts, say) stay.
+    This is what terms stand in for; its children (a norm after the experts, say) stay. Of a list
+    of experts all children go.
     """
     module = layer.get_submodule(site.module)
-    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    whole = isinstance(module, nn.ModuleList)
+    named = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
     return [name for name, _ in named]
 
 
@@ -171,8 +201,16 @@ def _bank_name(path: str, block: str | None) -> str:
     return ".".join(words)
 
 
-def _expert_sites(path: str, module: nn.Module) -> list[BankSite]:
-    if isinstance(module, TermExperts):
+def _expert_sites(path: str, module: nn.Module, block: nn.Module) -> list[BankSite]:
+    if is_expert_list(module):
+        join(block, module)  # who listens to a list must know the block that calls its experts
+    if isinstance(module, nn.ModuleList):
+        try:
+            shapes, bias = list_layout(module)
+        except ValueError as error:
+            raise UserError(f"{path}: a list of experts, but {error}; not supported") from error
+        return [BankSite(f"experts.{part}", path, part, shapes[part], bias) for part in shapes]
+    if isinstance(module, TermExperts | TermExpertList):
         return [
             BankSite(
                 f"experts.{part}",
@@ -214,6 +252,8 @@ def _expert_sites(path: str, module: nn.Module) -> list[BankSite]:
 
 def read_banks(layer: nn.Module, index: int) -> dict[str, Bank]:
     """Reads a filled layer's banks as terms; original weights are views, not copies.
+
+    Weights of a list of experts are moved so that they are views of one bank (`stacked`).
 
     Args:
         layer: The decoder layer, its weights loaded.
@@ -262,7 +302,11 @@ def _rows(module: nn.Module, part: str, size: int) -> slice:
 
 
 def _unfuse(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [E, out, in] and bias [E, out] of one part, as views of the fused tensors."""
+    """Weight [E, out, in] and bias [E, out] of one part, as views of what the module holds."""
+    if isinstance(module, nn.ModuleList):
+        matrices = stacked(module, part)
+        assert matrices is not None
+        return matrices, stacked(module, part, "bias")
     name = "down_proj" if part == "down" else "gate_up_proj" if module.has_gate else "up_proj"
     weight = getattr(module, name).detach()
     bias = getattr(module, name + "_bias").detach() if module.has_bias else None
@@ -320,7 +364,7 @@ def module_specs(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, dict]
         banks: All banks of each module that is to be swapped.
 
     Returns:
-        Module path within the layer → {"type": "experts"|"linear", "terms": specs}.
+        Module path within the layer → {"type": "experts"|"expert_list"|"linear", "terms": specs}.
     """
     described: dict[str, dict] = {}
     for name, site in bank_sites(layer).items():
@@ -330,7 +374,9 @@ def module_specs(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, dict]
         if site.part == "linear":
             described[site.module] = {"type": "linear", "terms": specs}
         else:
-            entry = described.setdefault(site.module, {"type": "experts", "terms": {}})
+            listed = is_expert_list(layer.get_submodule(site.module))
+            kind = "expert_list" if listed else "experts"
+            entry = described.setdefault(site.module, {"type": kind, "terms": {}})
             entry["terms"][site.part] = specs
     return described
 

@@ -1,15 +1,19 @@
 """Plans: what a run will do and cost, found from headers alone."""
 
 from .describe import describe, resources
-from .plan import TOLERANCE, TRACE_TOKENS, Plan, Size, count_model, make_plan
+from .layout import MetaTerms, lay_out_layer
+from .needs import TRACE_TOKENS
+from .plan import TOLERANCE, Plan, Size, count_model, make_plan
 
 __all__ = [
     "TOLERANCE",
     "TRACE_TOKENS",
+    "MetaTerms",
     "Plan",
     "Size",
     "count_model",
     "describe",
+    "lay_out_layer",
     "make_plan",
     "resources",
 ]

@@ -6,65 +6,59 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..terms import DENSE, Bias, SizeCurve, Term
+from ..terms import DENSE, SizeCurve, Term
+from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
 
 if TYPE_CHECKING:
-    from ..recipe import Step
-    from .plan import Item, Plan
+    from .plan import Plan, Size
 
 
 def set_budget(plan: Plan) -> None:
-    """Works out what the auto banks may cost, and their curves."""
+    """Works out what the auto items may cost, and their curves.
+
+    Where data decide what the prepared steps make, both wait until those have been run
+    (`Plan.settle`); scope and allowance are known at once.
+
+    Raises:
+        RecipeError: The budget cannot be met, or data decide what cannot wait for them.
+    """
     recipe = plan.recipe
-    auto = [
-        (number, layer, bank)
-        for number, step in enumerate(recipe.steps)
-        if step.auto
-        for layer, banks in plan.targets[number].items()
-        for bank in banks
-    ]
+    auto = [n for n, step in enumerate(recipe.steps) if step.auto]
     if not auto:
         return
     budget = recipe.budget
     assert budget is not None  # the recipe refuses `size: auto` without one
-    seen: set[Item] = set()
-    for number, layer, bank in auto:
-        if (layer, bank) in seen:
-            raise recipe.error(
-                ("steps", number), f"two steps with size: auto work on {bank} of layer {layer}"
-            )
-        seen.add((layer, bank))
+    _check_overlap(plan, auto)
     in_bytes = budget.unit == "bytes"
 
     def cost(terms: list[Term]) -> int:
         return sum(term.nbytes() if in_bytes else term.parameters() for term in terms)
 
-    def weights_cost(layer: int, bank: str) -> int:
-        terms = plan.original_terms(layer, plan.sites[layer][bank])
-        return cost([term for term in terms if not isinstance(term, Bias)])
-
-    fixed = dict.fromkeys(auto, DENSE)  # everything but the auto banks, whose weights come off
-    explicit = {
-        (number, layer, bank): plan.setting(step, layer, bank, {})
-        for number, step in enumerate(recipe.steps)
-        if not step.auto
-        for layer, banks in plan.targets[number].items()
-        for bank in banks
-    }
-    rest = plan.predict({**explicit, **fixed})
-    if rest is None:
-        raise recipe.error(
-            ("budget",), "the sizes of the steps that are not size: auto depend on data"
-        )
-    total, result = plan.original.parameters, rest.parameters
-    if in_bytes:
-        total, result = plan.original.bytes, rest.bytes
+    total = plan.original.bytes if in_bytes else plan.original.parameters
     plan.scope = _scope(plan, total, cost)
     plan.allowed = math.floor(budget.kept * plan.scope + 1e-6)
-    rest_in_scope = plan.scope - (total - result) - sum(weights_cost(la, b) for _, la, b in auto)
+    try:
+        # Everything as it is with the auto steps left out; what they would rewrite comes off.
+        fixed = plan.sizes()
+        rest = plan.predict(fixed)
+        if rest is None:
+            raise DataDecide
+        curves = [
+            _curve(plan, fixed, number, layer, names, in_bytes)
+            for number in auto
+            for layer in plan.targets[number]
+            for names in plan.groups(number, layer)
+        ]
+    except DataDecide:
+        if plan.prepared and plan.prepared_terms is None:
+            return
+        raise recipe.error(
+            ("budget",), "the sizes of the steps that are not size: auto depend on data"
+        ) from None
+    result = rest.bytes if in_bytes else rest.parameters
+    rest_in_scope = plan.scope - (total - result) - sum(curve.cost[-1] for curve in curves)
+    plan.curves = curves
     plan.budget = plan.allowed - rest_in_scope
-    for number, layer, bank in auto:
-        plan.curves.append(_curve(plan, recipe.steps[number], layer, bank, in_bytes))
     smallest = sum(curve.cost[0] for curve in plan.curves)
     if plan.budget < smallest:
         least = (rest_in_scope + smallest) / plan.scope
@@ -75,6 +69,48 @@ def set_budget(plan: Plan) -> None:
         )
     if plan.needs_curves:
         _check_feasible(plan)
+
+
+def _check_overlap(plan: Plan, auto: list[int]) -> None:
+    """Two methods may share a bank's budget only if they rewrite different terms of it."""
+    seen: dict[tuple[int, str], int] = {}
+    for number in auto:
+        stage = plan.recipe.steps[number].stage
+        for layer, banks in plan.targets[number].items():
+            for bank in banks:
+                other = seen.setdefault((layer, bank), number)
+                if other != number and plan.recipe.steps[other].stage == stage:
+                    raise plan.recipe.error(
+                        ("steps", number),
+                        f"two {stage} steps with size: auto work on {bank} of layer {layer}",
+                    )
+
+
+def even_share(plan: Plan, layer: int, names: list[str]) -> int | None:
+    """The parameters that an even share of the budget leaves some banks; None without a budget.
+
+    Counted as if only the banks of auto steps changed.
+    """
+    recipe = plan.recipe
+    if recipe.budget is None or plan.allowed is None:
+        return None
+    in_bytes = recipe.budget.unit == "bytes"
+    touched = {
+        (index, bank)
+        for number, step in enumerate(recipe.steps)
+        if step.auto
+        for index, banks in plan.targets[number].items()
+        for bank in banks
+    }
+    weights = {
+        (index, bank): plan.sites[index][bank].shape.parameters
+        * (plan.source_dtype(index, plan.sites[index][bank]).itemsize if in_bytes else 1)
+        for index, bank in touched
+    }
+    whole = sum(weights.values())
+    share = max(0.0, (plan.allowed - (plan.scope - whole)) / whole)
+    own = sum(plan.sites[layer][name].shape.parameters for name in names)
+    return math.floor(share * own)
 
 
 def _check_feasible(plan: Plan) -> None:
@@ -112,27 +148,56 @@ def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
     return sum(cost(plan.original_terms(layer, plan.sites[layer][name])) for layer, name in chosen)
 
 
-def _curve(plan: Plan, step: Step, layer: int, bank: str, in_bytes: bool) -> SizeCurve:
-    """The sizes that a bank may take, those that cost no less than the original left out."""
-    site = plan.sites[layer][bank]
-    settings, costs = step.method.sizes(site.shape, step.options)
-    storage = plan.storage_dtype(layer, site)
-    dense = site.shape.parameters
+def _curve(
+    plan: Plan, fixed: Size, number: int, layer: int, names: list[str], in_bytes: bool
+) -> SizeCurve:
+    """The sizes that some banks may take, those that cost no less than no change left out.
+
+    Args:
+        plan: The plan.
+        fixed: All sizes, the auto steps changing nothing.
+        number: The step.
+        layer: The layer.
+        names: Its banks that one call takes.
+        in_bytes: Whether costs are bytes; parameters otherwise.
+    """
+    step = plan.recipe.steps[number]
+    settings, costs = plan.costs(number, layer, names)
+    if settings[-1] != DENSE:
+        raise ValueError(f"{step.stage}/{step.method.name}: sizes() must end with DENSE")
     if in_bytes:
-        dense *= plan.source_dtype(layer, site).itemsize
-    pairs: list[tuple[int, int]] = []
-    for setting, parameters in zip(settings, costs, strict=True):
-        if setting == DENSE:
+        costs = _costs_in_bytes(plan, fixed, number, layer, names, settings, costs)
+    pairs = [(s, c) for s, c in zip(settings, costs, strict=True) if c < costs[-1]]
+    pairs.append((DENSE, costs[-1]))
+    return SizeCurve(
+        (number, layer, "+".join(names)), tuple(s for s, _ in pairs), tuple(c for _, c in pairs)
+    )
+
+
+def _costs_in_bytes(
+    plan: Plan,
+    fixed: Size,
+    number: int,
+    layer: int,
+    names: list[str],
+    settings: list[int],
+    parameters: list[int],
+) -> list[int]:
+    """What each setting stores in bytes: positions count, and dtypes may change."""
+    before = lay_out_layer(plan, fixed, number, layer)
+    banks = banks_now(plan, layer, names, before)
+    present = sum(bank.nbytes() for bank in banks.values())
+    widest = max(term.dtype.itemsize for bank in banks.values() for term in bank.terms)
+    dense = parameters[-1] * widest
+    costs = []
+    for setting, count in zip(settings[:-1], parameters[:-1], strict=True):
+        changed = {layer: dict(before.get(layer, {}))}
+        try:
+            apply_layout(plan, number, layer, names, setting, changed)
+        except DataDecide:
+            storage = plan.storage_dtype(layer, plan.sites[layer][names[0]])
+            costs.append(count * storage.itemsize)
             continue
-        cost = parameters
-        if in_bytes:
-            terms = step.method.layout(site.shape, setting, step.options)
-            cost = (
-                parameters * storage.itemsize
-                if terms is None
-                else sum(term.to(dtype=storage).nbytes() for term in terms)
-            )
-        if cost < dense:
-            pairs.append((setting, cost))
-    pairs.append((DENSE, dense))
-    return SizeCurve((layer, bank), tuple(s for s, _ in pairs), tuple(c for _, c in pairs))
+        now = sum(bank.nbytes() for bank in banks_now(plan, layer, names, changed).values())
+        costs.append(now - (present - dense))
+    return [*costs, dense]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from ..checkpoint import ModelSizes
+from ..checkpoint import ModelSizes, expert_macs, experts_per_token
 from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
 from ..evaluate.harness import check_tasks
-from ..statistics import size_of
+from ..statistics import Need, size_of
 from ..terms import DENSE
 from .plan import TOLERANCE, Plan, Size
 
@@ -22,7 +22,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     settings are unknown then.
     """
     recipe, model = plan.recipe, plan.model
-    sizes = None if plan.needs_curves else plan.solve()
+    sizes = None if plan.needs_curves or plan.pending else plan.solve()
     predicted = plan.predict(sizes) if sizes is not None else None
     exact = predicted is not None
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
@@ -49,6 +49,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "exact": exact,
             "bound": bound,
         },
+        "speed": _speed(plan, sizes),
         "layers": _layers(plan, sizes),
         "statistics": _statistics(plan),
         "sweeps": 1 if plan.needs else 0,
@@ -57,6 +58,26 @@ def describe(plan: Plan) -> dict[str, Any]:
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
         "warnings": plan.warnings,
+    }
+
+
+def _speed(plan: Plan, sizes: Size | None) -> dict[str, Any] | None:
+    """How much less the routed experts multiply for a token: a bound on their speed-up.
+
+    What experts share counts once per token, as the run time computes it. With one base of which p
+    is kept and low-rank differences of ratio ρ, k experts of a token cost ``p + k ρ`` instead of k.
+    None where the sizes are not known yet, or nothing is routed.
+    """
+    changed = None if sizes is None else plan.layout(sizes)
+    k = experts_per_token(plan.model.config)
+    before = expert_macs(plan.model.layers, k, {})
+    if changed is None or not before:
+        return None
+    after = expert_macs(plan.model.layers, k, changed)
+    return {
+        "expert_macs": before,
+        "planned_expert_macs": after,
+        "bound": before / after if after else None,
     }
 
 
@@ -79,18 +100,20 @@ def _step(plan: Plan, number: int) -> dict[str, Any]:
 
 def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
     """Per layer and targeted bank: its shape, and its setting and parameters where known."""
-    changed = plan.layout(sizes) if sizes is not None else None
+    # Without sizes: what is certain is shown, banks of auto steps as they are before them.
+    changed = plan.layout(sizes if sizes is not None else plan.sizes())
     rows = []
     for layer, sites in enumerate(plan.sites):
         for name, site in sites.items():
             steps = [n for n, targets in enumerate(plan.targets) if name in targets.get(layer, ())]
             if not steps:
                 continue
-            setting = _setting(plan, sizes, steps[-1], layer, name)
+            sized = [n for n in steps if plan.recipe.steps[n].size is not None] or steps
+            setting = _setting(plan, sizes, sized[0], layer, name)
+            known = changed is not None and (
+                sizes is not None or not any(plan.recipe.steps[n].auto for n in steps)
+            )
             terms = (changed or {}).get(layer, {}).get(name) or plan.original_terms(layer, site)
-            if changed is None and isinstance(setting, int) and setting != DENSE:
-                step = plan.recipe.steps[steps[-1]]
-                terms = step.method.layout(site.shape, setting, step.options) or []
             rows.append(
                 {
                     "layer": layer,
@@ -99,11 +122,7 @@ def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
                     "out": site.shape.out_features,
                     "in": site.shape.in_features,
                     "setting": "dense" if setting == DENSE else setting,
-                    "parameters": (
-                        sum(term.parameters() for term in terms)
-                        if terms and (changed is not None or setting is not None)
-                        else None
-                    ),
+                    "parameters": sum(term.parameters() for term in terms) if known else None,
                     "original_parameters": site.shape.parameters,
                 }
             )
@@ -115,7 +134,7 @@ def _setting(plan: Plan, sizes: Size | None, number: int, layer: int, bank: str)
     if sizes is not None:
         return sizes[number, layer, bank]
     step = plan.recipe.steps[number]
-    return None if step.auto else plan.setting(step, layer, bank, {})
+    return None if step.auto else plan.setting(number, layer, plan.group_of(number, layer, bank))
 
 
 def _statistics(plan: Plan) -> list[dict[str, Any]]:
@@ -127,15 +146,22 @@ def _statistics(plan: Plan) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for layer, needs in plan.needs.items():
         for need in needs:
-            identity = need.identity()
-            settings = [str(v) for k, v in identity.items() if k not in ("kind", "version")]
-            name = f"{identity['kind']}({', '.join(settings)})"
+            name = _need_name(need)
             row = found.setdefault(name, {"need": name, "layers": 0, "bytes": 0})
             row["layers"] += 1
             row["bytes"] += size_of(
                 need, plan.sites[layer], hidden, plan.model.dtype.itemsize, length
             )
     return list(found.values())
+
+
+def _need_name(need: Need) -> str:
+    """A need in words: its kind and what is not left at the usual."""
+    settings = {k: v for k, v in need.identity().items() if k not in ("kind", "version")}
+    words = [
+        k if v is True else str(v) for k, v in settings.items() if v not in (False, "original")
+    ]
+    return f"{type(need).__name__}({', '.join(words)})"
 
 
 def check_calibration(plan: Plan) -> dict[str, Any] | None:

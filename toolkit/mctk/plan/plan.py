@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,20 +23,31 @@ from ..checkpoint import (
     original_terms,
 )
 from ..checkpoint.weights import TORCH_DTYPES
-from ..errors import CheckpointError, UserError, nearest
+from ..errors import CheckpointError, UserError
 from ..models import BankSite, bank_sites
-from ..statistics import ExpertFrequency, LayerSamples, Need, SecondMoment
+from ..statistics import Need
 from ..sweep import StreamedModel
-from ..terms import DENSE, Bias, SizeCurve, Term
-from .budget import set_budget
+from ..terms import DENSE, Bank, SizeCurve, Term
+from .budget import even_share, set_budget
+from .layout import (
+    DataDecide,
+    MetaTerms,
+    apply_layout,
+    banks_now,
+    groups,
+    lay_out,
+    lay_out_layer,
+    step_banks,
+    with_neighbours,
+)
+from .needs import find_needs, find_targets
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe, Step
+    from ..recipe import Recipe
     from ..registry import Registry
 
-Item = tuple[int, str]  # layer and bank
+Item = tuple[int, int, str]  # step, layer and banks (joined by "+" where one call takes several)
 Size = dict[tuple[int, int, str], int | None]  # step, layer, bank → the method's setting
-TRACE_TOKENS = 4096  # tokens of the kept sample on which each pass's error is measured
 TOLERANCE = 0.005  # of the original: how far below its budget a run may end
 
 
@@ -56,6 +66,8 @@ class Plan:
         allowed: What the budget's scope may cost in all.
         scope: What it costs in the original.
         original: Sizes of the original.
+        prepared: How many steps, from the first, are run before others' statistics are taken.
+        prepared_terms: What those steps have made, on meta, once they have been run.
         warnings: What the user should know.
     """
 
@@ -69,6 +81,8 @@ class Plan:
     allowed: int | None
     scope: int
     original: ModelSizes
+    prepared: int = 0
+    prepared_terms: MetaTerms | None = None
     warnings: list[str] = field(default_factory=list)
     _dtypes: dict[tuple[int, str], torch.dtype] = field(default_factory=dict)
 
@@ -81,7 +95,43 @@ class Plan:
     def needs_curves(self) -> bool:
         """Whether sizes depend on data: they are decided after the statistics are there."""
         allocate = self.recipe.allocate
-        return bool(self.curves) and allocate is not None and allocate.method.needs_curves
+        auto = any(step.auto for step in self.recipe.steps)
+        return auto and allocate is not None and allocate.method.needs_curves
+
+    @property
+    def pending(self) -> bool:
+        """Whether the auto banks' curves wait for what the prepared steps make of the layers."""
+        return self.budget is None and any(step.auto for step in self.recipe.steps)
+
+    def groups(self, number: int, layer: int) -> list[list[str]]:
+        """The banks of a layer that one call of a step's method gets: one, or all it targets."""
+        return groups(self, number, layer)
+
+    def step_banks(self, number: int, banks: Mapping[str, Bank]) -> dict[str, Bank]:
+        """The banks as a step's hooks get them: `decompose` is spared the biases."""
+        return step_banks(self, number, banks)
+
+    def settle(self, prepared: MetaTerms) -> None:
+        """Takes up what the prepared steps have made: curves and sizes follow from it.
+
+        Args:
+            prepared: Layer → bank → terms, on meta, of the banks that they rewrote.
+
+        Raises:
+            RecipeError: The budget cannot be met with them.
+        """
+        self.prepared_terms = {
+            layer: {
+                name: [
+                    term.to(dtype=self.storage_dtype(layer, self.sites[layer][name]))
+                    for term in terms
+                ]
+                for name, terms in banks.items()
+            }
+            for layer, banks in prepared.items()
+        }
+        if self.pending:
+            set_budget(self)
 
     def solve(self, curves: list[SizeCurve] | None = None) -> Size:
         """Decides every step's size on every bank.
@@ -96,45 +146,36 @@ class Plan:
             known = curves or self.curves
             picked = allocate.method.allocate(known, self.budget, allocate.options)
             chosen = {curve.item: curve.settings[picked[curve.item]] for curve in known}
-        sizes: Size = {}
-        for number, step in enumerate(self.recipe.steps):
-            for layer, banks in self.targets[number].items():
-                for bank in banks:
-                    sizes[number, layer, bank] = self.setting(step, layer, bank, chosen)
+        sizes = self.sizes(chosen)
         if all(size == DENSE for size in sizes.values()):
             key = ("budget",) if self.recipe.budget else ("steps",)
             raise self.recipe.error(key, "nothing would change: every bank is kept as it is")
         return sizes
 
-    def layout(self, sizes: Size) -> dict[int, dict[str, list[Term]]] | None:
-        """The terms of every changed module on the meta device; None if data decide them.
+    def sizes(self, chosen: Mapping[Item, int] | None = None) -> Size:
+        """Every step's size on every bank.
 
-        A module is changed if any of its banks is; its other banks are stored as they were.
+        Args:
+            chosen: The settings of the auto items; by default they change nothing.
         """
-        changed: dict[int, dict[str, list[Term]]] = {}
+        found: Size = {}
         for number, step in enumerate(self.recipe.steps):
-            for layer, names in self.targets[number].items():
-                for bank in names:
-                    size = sizes[number, layer, bank]
-                    if size == DENSE:
-                        continue
-                    site = self.sites[layer][bank]
-                    terms = step.method.layout(site.shape, size, step.options)
-                    if terms is None:
-                        return None
-                    dtype = self.storage_dtype(layer, site)
-                    new = [term.to(dtype=dtype) for term in terms]
-                    now = changed.setdefault(layer, {})
-                    before = now.get(bank) or self.original_terms(layer, site)
-                    if step.stage != "compensate":  # that adds; all else replaces the weights
-                        before = [t.to(dtype=dtype) for t in before if isinstance(t, Bias)]
-                    now[bank] = [*new, *before]
-        for layer, banks in changed.items():
-            modules = {self.sites[layer][bank].module for bank in banks}
-            for name, site in self.sites[layer].items():
-                if site.module in modules and name not in banks:
-                    banks[name] = self.original_terms(layer, site)
-        return changed
+            for layer in self.targets[number]:
+                for names in self.groups(number, layer):
+                    size: int | None = DENSE
+                    if step.auto and chosen is not None:
+                        size = chosen[number, layer, "+".join(names)]
+                    elif not step.auto:
+                        size = self.setting(number, layer, names)
+                    found |= {(number, layer, name): size for name in names}
+        return found
+
+    def layout(self, sizes: Size) -> MetaTerms | None:
+        """The terms of every changed module on the meta device; None if data decide them."""
+        try:
+            return with_neighbours(self, lay_out(self, sizes))
+        except DataDecide:
+            return None
 
     def source_dtype(self, layer: int, site: BankSite) -> torch.dtype:
         """The dtype in which the checkpoint stores a bank's weights."""
@@ -173,33 +214,68 @@ class Plan:
         unit = self.recipe.budget.unit
         return self.scope - (self.original.as_dict()[unit] - sizes[unit])
 
-    def setting(self, step: Step, layer: int, bank: str, chosen: Mapping[Item, int]) -> int | None:
-        """A step's setting on one bank; `chosen` holds those of the auto banks."""
-        size = step.size
+    def setting(self, number: int, layer: int, names: list[str]) -> int | None:
+        """A step's setting on some banks, where the recipe states it.
+
+        Raises:
+            RecipeError: The banks have no such size.
+        """
+        step = self.recipe.steps[number]
+        size, where = step.size, ("steps", number, "size")
         if size is None:
-            return None
-        if size.auto:
-            return chosen[layer, bank]
-        shape = self.sites[layer][bank].shape
-        if size.rank is not None:
+            return even_share(self, layer, names) if step.stage == "merge" else None
+        banks = f"{', '.join(names)} of layer {layer}"
+        if size.rank is not None and step.stage == "decompose":
+            shape = self.sites[layer][names[0]].shape
             if size.rank > min(shape.out_features, shape.in_features):
                 raise self.recipe.error(
-                    ("steps", self.recipe.steps.index(step), "size"),
-                    f"rank {size.rank} exceeds {bank} of layer {layer}, a "
+                    where,
+                    f"rank {size.rank} exceeds {banks}, a "
                     f"{shape.out_features} × {shape.in_features} matrix",
                 )
+        if size.rank is not None:
             return size.rank
         assert size.keep is not None  # a size that is not auto has a rank or a share
-        settings, costs = step.method.sizes(shape, step.options)
-        allowed = size.keep * shape.parameters
-        fitting = [s for s, c in zip(settings, costs, strict=True) if c <= allowed]
+        settings, costs = self.costs(number, layer, names)
+        whole = sum(self.sites[layer][name].shape.parameters for name in names)
+        fitting = [s for s, c in zip(settings, costs, strict=True) if c <= size.keep * whole]
         if not fitting:
             raise self.recipe.error(
-                ("steps", self.recipe.steps.index(step), "size"),
-                f"keep {size.keep} of {bank} in layer {layer} is below its smallest size, "
-                f"{costs[0] / shape.parameters:.3f}",
+                where,
+                f"keep {size.keep} of {banks} is below the smallest size, {costs[0] / whole:.3f}",
             )
         return fitting[-1]
+
+    def costs(self, number: int, layer: int, names: list[str]) -> tuple[list[int], list[int]]:
+        """A step's settings and their parameters on some banks, after the steps before it.
+
+        Steps before it whose size the budget decides count as leaving the banks as they are.
+        """
+        fixed = {
+            (n, layer, name): (
+                DENSE if step.auto else self.setting(n, layer, self.group_of(n, layer, name))
+            )
+            for n, step in enumerate(self.recipe.steps[:number])
+            for name in self.targets[n].get(layer, [])
+        }
+        banks = banks_now(self, layer, names, lay_out_layer(self, fixed, number, layer))
+        step = self.recipe.steps[number]
+        try:
+            return step.method.sizes(step_banks(self, number, banks), step.options)
+        except UserError as error:
+            raise self.recipe.error(("steps", number), str(error)) from error
+
+    def reads_size(self, number: int, layer: int) -> bool:
+        """Whether what a step makes of a layer depends on its size: data and size decide both."""
+        try:
+            lay_out_layer(self, self.sizes(), number + 1, layer)
+        except DataDecide:
+            return True
+        return self.recipe.steps[number].size is not None
+
+    def group_of(self, number: int, layer: int, bank: str) -> list[str]:
+        """The banks that one call of a step's method gets together with this one."""
+        return next(names for names in self.groups(number, layer) if bank in names)
 
 
 def count_model(
@@ -256,32 +332,14 @@ def make_plan(
             "write propagate: original",
         )
     recipe.check_layers(len(sites))
-    targets = [_targets(recipe, number, sites) for number in range(len(recipe.steps))]
+    targets = [find_targets(recipe, number, sites) for number in range(len(recipe.steps))]
     original = count_model(model, {})
     plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original)
-    plan.needs = _needs(plan)
+    find_needs(plan)
     _check_fused(plan)
     set_budget(plan)
     _warn(plan)
     return plan
-
-
-def _targets(recipe: Recipe, number: int, sites: list[dict[str, BankSite]]) -> dict[int, list[str]]:
-    """The banks that a step works on, by layer."""
-    step = recipe.steps[number]
-    found: dict[int, list[str]] = {}
-    for layer, banks in enumerate(sites):
-        names = [name for name in banks if step.selects(layer, name)]
-        if names:
-            found[layer] = names
-    known = {name for layer, banks in enumerate(sites) if layer in step.layers for name in banks}
-    for glob in step.targets:
-        if not any(fnmatchcase(name, glob) for name in known):
-            raise recipe.error(
-                ("steps", number, "targets"),
-                f"no bank of the chosen layers matches {glob}{nearest(glob, known)}",
-            )
-    return found
 
 
 def _check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
@@ -293,32 +351,6 @@ def _check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> No
                 f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
                 f"per token, and layer {layer} has {experts}"
             )
-
-
-def _needs(plan: Plan) -> dict[int, list[Need]]:
-    """The union of what the steps need, by layer, in canonical form and stable order."""
-    needs: dict[int, list[Need]] = {}
-    for number, step in enumerate(plan.recipe.steps):
-        for layer, banks in plan.targets[number].items():
-            sites = plan.sites[layer]
-            for bank in banks:
-                for need in step.method.needs(sites[bank].shape, bank, step.options):
-                    if isinstance(need, SecondMoment):
-                        need = need.canonical(sites)
-                    if need not in needs.setdefault(layer, []):
-                        needs[layer].append(need)
-    asked = sorted({type(n).__name__ for layer in needs.values() for n in layer})
-    if asked and plan.recipe.calibration is None:
-        raise plan.recipe.error((), f"calibration is missing; the steps need {', '.join(asked)}")
-    if plan.recipe.calibration is not None:
-        touched = {layer for step in plan.targets for layer in step}
-        for layer in sorted(touched):
-            wanted = needs.setdefault(layer, [])
-            wanted.append(LayerSamples(TRACE_TOKENS))
-            has_experts = any(site.part == "down" for site in plan.sites[layer].values())
-            if has_experts and ExpertFrequency() not in wanted:
-                wanted.append(ExpertFrequency())  # tokens per expert are part of every report
-    return needs
 
 
 def _check_fused(plan: Plan) -> None:
@@ -357,13 +389,13 @@ def _warn(plan: Plan) -> None:
             f"sequences of {max(lengths)} tokens: the model was made for at most {longest}"
         )
     for number, step in enumerate(plan.recipe.steps):
-        if not step.method.takes_size or step.size is None or step.size.rank is None:
+        if step.stage != "decompose" or step.size is None or step.size.rank is None:
             continue
         full = {
             bank
             for layer, banks in plan.targets[number].items()
             for bank in banks
-            if _stores_no_less(plan, step, layer, bank)
+            if _stores_no_less(plan, number, layer, bank)
         }
         if full:
             plan.warnings.append(
@@ -372,7 +404,15 @@ def _warn(plan: Plan) -> None:
             )
 
 
-def _stores_no_less(plan: Plan, step: Step, layer: int, bank: str) -> bool:
-    shape = plan.sites[layer][bank].shape
-    terms = step.method.layout(shape, step.size.rank, step.options) if step.size else None
-    return terms is not None and sum(term.parameters() for term in terms) >= shape.parameters
+def _stores_no_less(plan: Plan, number: int, layer: int, bank: str) -> bool:
+    """Whether a step's stated rank costs a bank as much as its matrices or more."""
+    size = plan.recipe.steps[number].size
+    assert size is not None
+    try:
+        before = lay_out_layer(plan, plan.sizes(), number, layer)
+        after = {layer: dict(before.get(layer, {}))}
+        apply_layout(plan, number, layer, [bank], size.rank, after)
+    except DataDecide:
+        return False
+    now = banks_now(plan, layer, [bank], before)[bank].parameters()
+    return sum(term.parameters() for term in after[layer][bank]) >= now

@@ -95,7 +95,7 @@ def _step(source: RecipeSource, registry: Registry, step: Any, index: int) -> di
         _check_keys(source, rest["size"], _model_in(model), (*path, "size"))
     method = _method(source, registry, stage, step[stage], (*path, stage))
     options = _options(source, method, rest.get("options", {}), (*path, "options"))
-    if method.takes_size and rest.get("size") is None:
+    if method.takes_size is True and rest.get("size") is None:
         rest["size"] = "auto"
     return rest | {"method": method, "options": options}
 

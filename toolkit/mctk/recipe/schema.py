@@ -137,6 +137,12 @@ class Calibration(Source):
     sequences: int = Field(256, ge=1, description="how many sequences are drawn")
     length: int = Field(2048, ge=2, description="tokens of a sequence")
     batch: int = Field(1, ge=1, description="sequences in a forward pass")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="for methods that need gradients: keep on disk what enters every so many "
+        "layers, and compute the rest again; by default every layer, or as few as the disk asks",
+    )
     propagate: Propagate | None = Field(
         None,
         description="whether later layers see the original's or the compressed layers' outputs; "
@@ -286,8 +292,8 @@ class Recipe(_Model):
     def canonical(self) -> dict[str, Any]:
         """Returns what decides the checkpoint's content, as JSON data, for hashing.
 
-        Left out: output, device, gate, evaluate and the calibration's batch (where and how a run
-        computes, not what), and the text of files (its digest belongs to the token windows). Paths
+        Left out: output, device, gate, evaluate, the calibration's batch and keep_every (where and how
+        a run computes, not what), and the text of files (its digest belongs to the token windows). Paths
         are as written, so that a project may be moved. Methods appear with their versions.
         """
         data = self.model_dump(
@@ -296,7 +302,8 @@ class Recipe(_Model):
         )
         data["model"] = self._source.data["model"]
         if self.calibration is not None:
-            data["calibration"].pop("batch")
+            for key in ("batch", "keep_every"):
+                data["calibration"].pop(key)
             data["calibration"]["propagate"] = self.propagate
         data["allocate"] = None if self.allocate is None else _canonical(self.allocate)
         data["steps"] = [_canonical(step) for step in self.steps]

@@ -3,7 +3,20 @@
 `swap` puts them into a model; `from_pretrained` does so after `import mctk`.
 """
 
-from .experts import Observer, TermExperts, experts_forward, observe
+from .dynamic import dynamic_pruning
+from .expert_list import (
+    TermExpertList,
+    is_expert_list,
+    join,
+    linears,
+    list_layout,
+    observe,
+    observe_forwards,
+    observe_gradients,
+    observed_forward,
+)
+from .experts import Observer, TermExperts, experts_forward
+from .gradients import GradientObserver
 from .linear import TermLinear
 from .names import GUARD, IMPLEMENTATION
 from .owner import TermModule, meta_tensors, tensor_name
@@ -15,24 +28,39 @@ from .quantizer import (
     load_providers,
     register,
 )
+from .remote import restore_buffers
+from .shared import Role, role
 from .swap import swap, swap_from_config
 
 __all__ = [
     "FORMAT_VERSION",
     "GUARD",
     "IMPLEMENTATION",
+    "GradientObserver",
     "MctkConfig",
     "MctkHfQuantizer",
     "Observer",
+    "Role",
+    "TermExpertList",
     "TermExperts",
     "TermLinear",
     "TermModule",
     "checkpoint_config",
+    "dynamic_pruning",
     "experts_forward",
+    "is_expert_list",
+    "join",
+    "linears",
+    "list_layout",
     "load_providers",
     "meta_tensors",
     "observe",
+    "observe_forwards",
+    "observe_gradients",
+    "observed_forward",
     "register",
+    "restore_buffers",
+    "role",
     "swap",
     "swap_from_config",
     "tensor_name",

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..terms import Bank, BankShape
-from .names import IMPLEMENTATION, is_ours
+from ..terms import Bank, BankShape, DynamicDense, Term
+from .dynamic import ColumnNorms, Skips, active_channels, is_enabled
+from .gradients import observed_product
+from .names import check_implementation
 from .owner import TermModule
+from .shared import Forward, SharedPath
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
@@ -61,14 +64,7 @@ def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
             experts implementation is another one.
     """
     if not isinstance(module, TermExperts):
-        implementation = getattr(
-            getattr(module, "config", None), "_experts_implementation", IMPLEMENTATION
-        )
-        if not is_ours(implementation):
-            raise ValueError(
-                f"{type(module).__name__} runs by the implementation {implementation!r}: call "
-                f"model.set_experts_implementation({IMPLEMENTATION!r}) before observing"
-            )
+        check_implementation(module)
     before = getattr(module, _OBSERVER, None)
     setattr(module, _OBSERVER, observer)
     try:
@@ -135,11 +131,16 @@ def experts_forward(
         The weighted sum of the experts' outputs, ``[T, H]``.
     """
     wide = "gate_up_proj" if module.has_gate else "up_proj"
+    experts = module.down_proj.shape[0]
+    observed = observed_product(module, top_k_index, experts)
 
     def project(name: str, number: int, x: Tensor) -> Tensor:
         weight = getattr(module, name)[number]
         x = x.to(weight.dtype)
-        out = x @ weight if module.is_transposed else F.linear(x, weight)
+        if observed is not None:
+            out = observed(name, number, x, weight)
+        else:
+            out = x @ weight if module.is_transposed else F.linear(x, weight)
         return out + getattr(module, f"{name}_bias")[number] if module.has_bias else out
 
     def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +149,7 @@ def experts_forward(
         y = project("down_proj", number, h)
         return h, module.post_expert_norm(y) if module.has_post_expert_norm else y
 
-    return _run(
-        module, hidden_states, top_k_index, top_k_weights, module.down_proj.shape[0], expert
-    )
+    return _run(module, hidden_states, top_k_index, top_k_weights, experts, expert)
 
 
 class TermExperts(TermModule):
@@ -158,10 +157,15 @@ class TermExperts(TermModule):
 
     It takes over everything of the original but its weights: flags, configuration, activation,
     limits, norms. An expert that no term of down serves is dropped: it contributes nothing.
+    What experts share is computed once per token (`mctk.runtime.shared`).
 
     Args:
         original: The module that it replaces, on any device; it may be a `TermExperts`.
         specs: "gate" (if it has one), "up", "down" → the specs of the terms.
+
+    Attributes:
+        active_channels: After a forward that skipped channels of a dynamic base: for each slot
+            those that it used, ascending. None after any other.
 
     Raises:
         CheckpointError: The specs do not fit the original, or that is laid out in no known way.
@@ -172,6 +176,11 @@ class TermExperts(TermModule):
     ) -> None:
         shapes, dtype = _layout(original)
         super().__init__(shapes, specs, dtype)
+        # Set here, so that it is not taken over from another module of terms.
+        self._path = SharedPath(self._templates, original.has_post_expert_norm)
+        self._norms = ColumnNorms()
+        self._mctk_dynamic = True
+        self.active_channels: dict[int, Tensor] | None = None
         self.original_class: type[nn.Module] = getattr(original, "original_class", type(original))
         for name, value in vars(original).items():
             if name not in self.__dict__ and name != _OBSERVER:
@@ -179,35 +188,80 @@ class TermExperts(TermModule):
         for name, child in original.named_children():
             self.add_module(name, child)
         self.num_experts = shapes["down"].members
-        down = self.terms("down")
+        down = self._templates["down"]
         self._served = [any(term.has(e) for term in down) for e in range(self.num_experts)]
 
+    def set_terms(self, part: str, terms: Sequence[Term]) -> None:
+        """See `TermModule.set_terms`."""
+        super().set_terms(part, terms)
+        self._norms.clear()
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """See `experts_forward`."""
+        """See `experts_forward`.
+
+        What experts share is computed once per token, unless an observer wants to see each
+        expert's own outputs: then all goes through the plain loop.
+        """
         banks = {part: self.bank(part) for part in self.shapes}
         dtype = next((t.dtype for bank in banks.values() for t in bank.terms), hidden_states.dtype)
+        observed = getattr(self, _OBSERVER, None) is not None
+        once: Forward | None = None
+        skips: Skips | None = None
+        skipping = self._path.dynamic is not None and is_enabled(self)
+        if top_k_index.numel() and (skipping or (self._path.shares and not observed)):
+            once = Forward(
+                self._path,
+                banks,
+                hidden_states.to(dtype),
+                top_k_index,
+                top_k_weights,
+                self.num_experts,
+                activate=self._activate,
+                norm=self.post_expert_norm if self.has_post_expert_norm else None,
+                norms=self._norms,
+                skipping=skipping,
+            )
+            if not observed:
+                out = once.run()
+                self._note(banks, once.skips)
+                return out.to(hidden_states.dtype)
+            skips = once.choose()
+        self._note(banks, skips)
+        probes = {} if once is None or skips is None else skips.by_expert(once.rows)
 
         def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            h = self._activate(banks, x.to(dtype), number)
-            y = banks["down"].apply(h, number)
+            def apply(part: str, rows: Tensor) -> Tensor:
+                if skips is None:
+                    return banks[part].apply(rows, number)
+                probe = None if part == "down" else probes[number]
+                return skips.apply(banks[part], rows, number, probe)
+
+            x = x.to(dtype)
+            wide = [apply(part, x) for part in banks if part != "down"]
+            h = self._activate(torch.cat(wide, dim=-1))
+            y = apply("down", h)
             if self.has_post_expert_norm and self._served[number]:
                 y = self.post_expert_norm(y)
             return h, y
 
         return _run(self, hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
 
-    def _activate(self, banks: Mapping[str, Bank], x: Tensor, number: int) -> Tensor:
-        """An expert's inputs of down, [n, I], computed as its original class does."""
-        up = banks["up"].apply(x, number)
+    def _note(self, banks: Mapping[str, Bank], skips: Skips | None) -> None:
+        """Keeps which channels of the base the forward uses, where some are skipped."""
+        self.active_channels = None
+        if skips is not None and self._path.dynamic is not None:
+            term = banks["down"].terms[self._path.dynamic]
+            assert isinstance(term, DynamicDense)
+            self.active_channels = active_channels(term, skips.dropped)
+
+    def _activate(self, wide: Tensor) -> Tensor:
+        """The inputs of down, [n, I], from gate and up, [n, 2I], as its original class does."""
         if not self.has_gate:
-            return self.act_fn(up)
-        gate = banks["gate"].apply(x, number)
-        if self.is_concatenated:
-            fused = torch.cat([gate, up], dim=-1)
-        else:
-            fused = torch.stack([gate, up], dim=-1).flatten(-2)
+            return self.act_fn(wide)
+        if not self.is_concatenated:
+            wide = wide.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         # Families override `_apply_gate`, and it reads attributes of the module: ours has them.
-        return self.original_class._apply_gate(self, fused)
+        return self.original_class._apply_gate(self, wide)
 
 
 def _layout(original: nn.Module) -> tuple[dict[str, BankShape], torch.dtype]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 QUANT_METHOD = "mctk"
 IMPLEMENTATION = "mctk"
 """Our experts implementation, for `model.set_experts_implementation`."""
@@ -18,3 +20,18 @@ this text.
 def is_ours(implementation: str | None) -> bool:
     """Whether an experts implementation is ours; texts of other versions are recognised too."""
     return isinstance(implementation, str) and implementation.split(":")[0] == IMPLEMENTATION
+
+
+def check_implementation(module: Any) -> None:
+    """Checks that an original experts module would run by our loop.
+
+    Raises:
+        ValueError: Its model's experts implementation is another one.
+    """
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_experts_implementation", IMPLEMENTATION)
+    if not is_ours(implementation):
+        raise ValueError(
+            f"{type(module).__name__} runs by the implementation {implementation!r}: call "
+            f"model.set_experts_implementation({IMPLEMENTATION!r}) before observing"
+        )

@@ -19,6 +19,7 @@ from ..terms import kinds, register_kind
 from .experts import experts_forward
 from .names import GUARD, IMPLEMENTATION, QUANT_METHOD, is_ours
 from .owner import TermModule
+from .remote import restore_buffers
 from .swap import swap
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class MctkHfQuantizer(HfQuantizer):
                 raise CheckpointError(f"module {path}: {error}") from error
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)  # loading made them trainable
+        restore_buffers(model)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again, as it is."""

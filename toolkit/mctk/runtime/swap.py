@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import CheckpointError
+from .expert_list import TermExpertList
 from .experts import TermExperts
 from .linear import TermLinear
 from .owner import TermModule
@@ -21,8 +22,8 @@ def swap(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         model: A model, or a part of one if the paths are relative to it.
-        modules: Module path → ``{"type": "experts", "terms": {"gate": [spec ...], ...}}`` or
-            ``{"type": "linear", "terms": [spec ...]}``.
+        modules: Module path → ``{"type": "experts", "terms": {"gate": [spec ...], ...}}``, the
+            same with "expert_list", or ``{"type": "linear", "terms": [spec ...]}``.
 
     Raises:
         CheckpointError: Names the module and the key that does not fit the model.
@@ -68,12 +69,12 @@ def _replacement(original: nn.Module, entry: Mapping[str, Any]) -> TermModule:
     if not isinstance(entry, Mapping) or set(entry) != {"type", "terms"}:
         raise CheckpointError(f"must have 'type' and 'terms', not {entry!r:.200}")
     kind, terms = entry["type"], entry["terms"]
-    if kind == "experts":
+    if kind in ("experts", "expert_list"):
         if not isinstance(terms, Mapping):
             raise CheckpointError(f"terms: must map banks to lists, not {terms!r:.200}")
         for part, specs in terms.items():
             _check_specs(f"terms.{part}", specs)
-        return TermExperts(original, terms)
+        return (TermExperts if kind == "experts" else TermExpertList)(original, terms)
     if kind == "linear":
         _check_specs("terms", terms)
         if isinstance(original, TermLinear):
@@ -84,7 +85,7 @@ def _replacement(original: nn.Module, entry: Mapping[str, Any]) -> TermModule:
             raise CheckpointError(f"{type(original).__name__} is not a linear layer")
         features = original.in_features, original.out_features
         return TermLinear(*features, terms, **({} if dtype is None else {"dtype": dtype}))
-    raise CheckpointError(f"type: must be 'experts' or 'linear', not {kind!r}")
+    raise CheckpointError(f"type: must be 'experts', 'expert_list' or 'linear', not {kind!r}")
 
 
 def _check_specs(key: str, specs: object) -> None:

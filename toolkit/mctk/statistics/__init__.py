@@ -2,11 +2,23 @@
 
 from .cache import StatisticsCache, cache_directory
 from .collect import LayerCollector
-from .needs import ExpertFrequency, LayerSamples, Need, RouterWeight, SecondMoment
+from .gradients import GradientCollector
+from .needs import (
+    ChannelEnergy,
+    ExpertFrequency,
+    Fisher,
+    LayerSamples,
+    Need,
+    RouterWeight,
+    SecondMoment,
+)
 from .values import LayerStatistics, Moment, size_of
 
 __all__ = [
+    "ChannelEnergy",
     "ExpertFrequency",
+    "Fisher",
+    "GradientCollector",
     "LayerCollector",
     "LayerSamples",
     "LayerStatistics",

@@ -53,6 +53,14 @@ class StatisticsCache:
         self.hits = 0
         self.misses = 0
 
+    def derived(self, steps: Any) -> StatisticsCache:
+        """The cache of what is measured after some steps of a recipe.
+
+        Args:
+            steps: What those steps are, as JSON.
+        """
+        return StatisticsCache(self.directory.parent, {**self.context, "steps": steps})
+
     def path(self, need: Need, layer: int) -> Path:
         """Where a layer's statistic lies or would lie."""
         identity = {"context": self.context, "need": need.identity(), "layer": layer}
@@ -81,7 +89,7 @@ class StatisticsCache:
         path = self.path(need, layer)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: t.detach().cpu().contiguous() for k, t in to_tensors(value).items()}
-        metadata = {"need": json.dumps(need.identity()), CHECKSUM: _checksum(tensors)}
+        metadata = {"need": json.dumps(need.identity()), CHECKSUM: checksum(tensors)}
         write_tensors(path, tensors, metadata)
 
     def get(self, need: Need, layer: int) -> Any:
@@ -100,7 +108,7 @@ class StatisticsCache:
         except (OSError, SafetensorError) as error:
             problem: str | None = str(error)
         else:
-            problem = None if _checksum(tensors) == expected else "its checksum is wrong"
+            problem = None if checksum(tensors) == expected else "its checksum is wrong"
         if problem:
             path.unlink(missing_ok=True)
             raise UserError(
@@ -114,7 +122,7 @@ def _open(path: Path) -> Any:
     return safe_open(str(path), framework="pt", backend="pread")
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """CRC-32 of the tensors' bytes by name: enough against accidents, and quick."""
     crc = 0
     for name in sorted(tensors):

@@ -14,14 +14,29 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class Need:
-    """Base of all needs."""
+    """Base of all needs.
+
+    Attributes:
+        gradient: Whether it takes the backward sweep.
+        transient: Whether it is too large to keep: it lives while its layer is worked on.
+    """
 
     version: ClassVar[int] = 1
+    gradient: ClassVar[bool] = False
+    transient: ClassVar[bool] = False
 
     def identity(self) -> dict[str, Any]:
         """Kind, version and settings, as JSON."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"kind": type(self).__name__, "version": self.version, **settings}
+
+    def canonical(self, banks: Container[str]) -> Need:
+        """The same need under the name that all banks of the layer share which it is the same for.
+
+        Args:
+            banks: The names of the layer's banks.
+        """
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,18 +56,67 @@ class SecondMoment(Need):
     Attributes:
         bank: The bank's name. What enters "experts.up" enters "experts.gate" too: such needs are
             collected once, under the name that `canonical` gives.
-        side: "input": Σ x xᵀ, n = in_features; "output": Σ (W x)(W x)ᵀ with the original weights
-            and without bias, n = out_features. Sums over the tokens that reached the member.
+        side: "input": Σ x xᵀ, n = in_features; "output": Σ (W x)(W x)ᵀ without bias,
+            n = out_features. Sums over the tokens that reached the member.
+        of: "original": W are the original weights, x what enters them. "current": the matrices
+            that the step is given, after the steps before it: W is the `Dense` term with the most
+            slots (after a merge the residuals), x comes in the present order of the neurons. The
+            same as "original" where no step came before.
+        pooled: One sum over all members, [1, n, n].
     """
 
     bank: str
     side: Literal["input", "output"] = "input"
+    of: Literal["original", "current"] = "original"
+    pooled: bool = False
 
     def canonical(self, banks: Container[str]) -> SecondMoment:
-        """The same need under the name that the banks of a layer with this input share."""
-        if self.side == "input" and self.bank == "experts.up" and "experts.gate" in banks:
-            return SecondMoment("experts.gate", "input")
+        """See `Need.canonical`: inputs of up are those of gate."""
+        if self.side == "input":
+            return dataclasses.replace(self, bank=_same_input(self.bank, banks))
         return self
+
+
+@dataclass(frozen=True)
+class ChannelEnergy(Need):
+    """Energy of each channel that enters a bank, a sum over tokens: float32 [members, in].
+
+    Attributes:
+        bank: The bank's name.
+        weighted: Of the token's routing-weighted sum over its experts, Σ_t (Σ_e g_e x_ej)², one
+            row [1, in]: what a base sees that all experts share. Otherwise Σ_t x_ej² over the
+            tokens that reached member e, without routing weights.
+        of: "current": the channels in the present order, after the steps before the one that
+            asks; see `SecondMoment`. It matters to `weighted`, which adds up experts by channel.
+    """
+
+    bank: str = "experts.down"
+    weighted: bool = False
+    of: Literal["original", "current"] = "original"
+
+    def canonical(self, banks: Container[str]) -> ChannelEnergy:
+        """See `Need.canonical`: inputs of up are those of gate."""
+        return dataclasses.replace(self, bank=_same_input(self.bank, banks))
+
+
+@dataclass(frozen=True)
+class Fisher(Need):
+    """Squared gradients of a bank's weights, float32 [members, out, in]: the Fisher's diagonal.
+
+    The mean over calibration sequences of (∂L/∂W)², L the mean next-token cross entropy of the
+    sequence, without a router's auxiliary loss (empirical Fisher; D²-MoE, arXiv 2502.17298, eq. 4).
+
+    Attributes:
+        bank: The bank's name.
+        labels: "data": the calibration tokens themselves. "model": drawn from the model's own
+            next-token distribution.
+    """
+
+    gradient: ClassVar[bool] = True
+    transient: ClassVar[bool] = True
+
+    bank: str
+    labels: Literal["data", "model"] = "data"
 
 
 @dataclass(frozen=True)
@@ -64,3 +128,8 @@ class LayerSamples(Need):
     """
 
     tokens: int = 4096
+
+
+def _same_input(bank: str, banks: Container[str]) -> str:
+    """The bank under whose name inputs of `bank` are collected."""
+    return "experts.gate" if bank == "experts.up" and "experts.gate" in banks else bank

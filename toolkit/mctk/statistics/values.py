@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .needs import ExpertFrequency, LayerSamples, Need, RouterWeight, SecondMoment
+from .needs import (
+    ChannelEnergy,
+    ExpertFrequency,
+    Fisher,
+    LayerSamples,
+    Need,
+    RouterWeight,
+    SecondMoment,
+)
 
 
 @dataclass(frozen=True)
@@ -16,8 +25,9 @@ class Moment:
     """A second moment, summed over tokens.
 
     Attributes:
-        value: float32 [members, n, n], Σ x xᵀ over the tokens that reached each member.
-        count: int64 [members], how many those were.
+        value: float32 [members, n, n], Σ x xᵀ over the tokens that reached each member; of a
+            pooled one the sum over members, [1, n, n].
+        count: int64 [members] or [1], how many those were.
     """
 
     value: torch.Tensor
@@ -57,7 +67,7 @@ class LayerStatistics(Mapping[Need, Any]):
         self._banks = banks
 
     def __getitem__(self, need: Need) -> Any:
-        key = need.canonical(self._banks) if isinstance(need, SecondMoment) else need
+        key = self._key(need)
         if key not in self._values:
             raise KeyError(f"layer {self.layer}: {need} was not declared in the method's needs")
         value = self._values[key]
@@ -65,8 +75,14 @@ class LayerStatistics(Mapping[Need, Any]):
 
     def __contains__(self, need: object) -> bool:
         # The inherited one would read the value to find out.
-        key = need.canonical(self._banks) if isinstance(need, SecondMoment) else need
-        return key in self._values
+        return isinstance(need, Need) and self._key(need) in self._values
+
+    def _key(self, need: Need) -> Need:
+        """The need under which its value is kept: where no step came before, the original's."""
+        key = need.canonical(self._banks)
+        if key not in self._values and isinstance(key, SecondMoment | ChannelEnergy):
+            return dataclasses.replace(key, of="original")
+        return key
 
     def __iter__(self) -> Iterator[Need]:
         return iter(self._values)
@@ -90,7 +106,12 @@ def size_of(need: Need, sites: Mapping[str, Any], hidden: int, itemsize: int, le
     if isinstance(need, SecondMoment):
         shape = sites[need.bank].shape
         n = shape.in_features if need.side == "input" else shape.out_features
-        return shape.members * (4 * n * n + 8)
+        return (1 if need.pooled else shape.members) * (4 * n * n + 8)
+    if isinstance(need, ChannelEnergy):
+        shape = sites[need.bank].shape
+        return 4 * (1 if need.weighted else shape.members) * shape.in_features
+    if isinstance(need, Fisher):
+        return 4 * sites[need.bank].shape.parameters
     if isinstance(need, LayerSamples):
         return -(-need.tokens // length) * length * hidden * itemsize
     if isinstance(need, ExpertFrequency | RouterWeight):

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import write_tensors
+from .boundaries import BoundaryStore
 from .stream import LayerCall, StreamedModel, hidden_of, same, share_calls
 
 
@@ -47,14 +48,21 @@ class ForwardSweep:
         batch: Sequences per forward pass.
         state: File that keeps the hidden states after each layer, so that a killed sweep goes on;
             None to keep nothing.
+        boundaries: Is given what enters each layer, for a sweep back; None if there will be none.
     """
 
     def __init__(
-        self, model: StreamedModel, ids: torch.Tensor, batch: int, state: Path | None = None
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        batch: int,
+        state: Path | None = None,
+        boundaries: BoundaryStore | None = None,
     ) -> None:
         self.model = model
         self.batches = list(ids.split(batch))
         self.state = state
+        self.boundaries = boundaries
 
     def run(
         self, visit: Callable[[LayerVisit], list[torch.Tensor]], start: int = 0
@@ -64,7 +72,7 @@ class ForwardSweep:
         Args:
             visit: Is called with each layer; returns its outputs, one a batch.
             start: The first layer to visit; above 0 the sweep's state file must hold the hidden
-                states that enter it.
+                states that enter it, and the boundaries below must have been kept.
 
         Returns:
             The last layer's outputs, one [B, T, H] a batch, on the CPU.
@@ -73,8 +81,10 @@ class ForwardSweep:
             UserError: The layers' results do not add up to the model's own forward.
         """
         model = self.model
+        if self.boundaries is not None and not self.boundaries.complete(start):
+            raise ValueError(f"{self.boundaries.directory}: lacks boundaries below layer {start}")
         model.load_outer()
-        entering, calls = self._embed()
+        entering, calls = embed_batches(model, self.batches)
         if start:
             entering = self._resume(start)
         # The model's own forward on the first batch drives the sweep: each layer is filled just
@@ -95,6 +105,7 @@ class ForwardSweep:
                         "hidden states, for other layers to see; not supported"
                     )
                 inputs = done
+                self._keep(index, inputs)
 
                 def run(b: int) -> torch.Tensor:
                     return model.run_layer(index, inputs[b].to(model.device), calls[b][index])
@@ -113,16 +124,13 @@ class ForwardSweep:
                 f"{type(model.model).__name__}: streaming its layers does not give the model's own "
                 "logits; the family is not supported"
             )
+        self._keep(len(model.layers), done)
         return done
 
-    def _embed(self) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
-        hidden: list[torch.Tensor] = []
-        calls: list[list[LayerCall]] = []
-        for ids in self.batches:
-            states, layer_calls = self.model.embed(ids)
-            hidden.append(states.cpu())
-            calls.append(share_calls(layer_calls, calls[0] if calls else None))
-        return hidden, calls
+    def _keep(self, layer: int, hidden: list[torch.Tensor]) -> None:
+        # Before the visit, which may free the inputs as it uses them.
+        if self.boundaries is not None and self.boundaries.keeps(layer):
+            self.boundaries.put(layer, hidden)
 
     def _compare(
         self,
@@ -178,6 +186,19 @@ class ForwardSweep:
                 return layer if names == set(file.keys()) else 0
         except (OSError, SafetensorError, ValueError):
             return 0
+
+
+def embed_batches(
+    model: StreamedModel, batches: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
+    """What enters layer 0, one [B, T, H] a batch on the CPU, and what else layers are passed."""
+    hidden: list[torch.Tensor] = []
+    calls: list[list[LayerCall]] = []
+    for ids in batches:
+        states, layer_calls = model.embed(ids)
+        hidden.append(states.cpu())
+        calls.append(share_calls(layer_calls, calls[0] if calls else None))
+    return hidden, calls
 
 
 def _same_call(a: LayerCall, b: LayerCall) -> bool:

@@ -58,6 +58,21 @@ def _share(new: Any, old: Any) -> Any:
     return new
 
 
+class _Indexed(Exception):
+    """A model took what a layer returned for a tuple."""
+
+
+class _Passed(Exception):
+    """A model passed what a layer returned to the next layer."""
+
+
+class _Probe:
+    """Stands for what a layer returns, to see what a model does with it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _Indexed
+
+
 class StreamedModel:
     """A checkpoint as a model with one decoder layer in memory at a time.
 
@@ -88,6 +103,7 @@ class StreamedModel:
         self.model = build(self.config, self.dtype, trust_remote_code)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.layers_path, self.layers = find_layers(self.model)
+        self._tuples: bool | None = None  # whether the model expects tuples of its layers
         self.weights = map_weights(self.model, source)
         extra = getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0
         self.layer_tensors, self.outer_tensors = self.weights.place(
@@ -122,11 +138,20 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def replaced(self, forward: Callable[[int, torch.Tensor, LayerCall], Any]) -> Iterator[None]:
-        """While open, the model's forward calls `forward(index, hidden, call)` for each layer."""
+        """While open, the model's forward calls `forward(index, hidden, call)` for each layer.
+
+        Hidden states that it returns get to the model as its own layers return them: code of 2024
+        expects a tuple.
+        """
+        if self._tuples is None:
+            self._tuples = False  # the next line comes here again
+            self._tuples = self._expects_tuples()
+        tuples = self._tuples
 
         def stand_in(index: int) -> Callable:
             def call(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                return forward(index, hidden_states, LayerCall(args, kwargs))
+                output = forward(index, hidden_states, LayerCall(args, kwargs))
+                return (output,) if tuples and isinstance(output, torch.Tensor) else output
 
             return call
 
@@ -137,6 +162,23 @@ class StreamedModel:
         finally:
             for layer in self.layers:
                 del layer.forward
+
+    def _expects_tuples(self) -> bool:
+        """Whether the model takes the hidden states out of a tuple that each layer returns."""
+
+        def answer(index: int, hidden: torch.Tensor, call: LayerCall) -> _Probe:
+            if index:
+                raise _Passed
+            return _Probe()
+
+        with self.replaced(answer):
+            try:
+                self._forward(torch.zeros(1, 1, dtype=torch.int64))
+            except _Indexed:
+                return True
+            except Exception:  # a lone layer's probe goes on to the norm, which cannot take it
+                return False
+        return False
 
     def run_layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Runs one filled layer's own forward on hidden states [B, T, H].
@@ -175,19 +217,27 @@ class StreamedModel:
             raise UserError(f"{type(self.model).__name__}: calls only {len(calls)} of its layers")
         return first[0], calls
 
-    def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Turns the last layer's output [B, T, H] into logits [B, T, V], as the model does it."""
+    def head(self, ids: torch.Tensor, hidden: torch.Tensor, grad: bool = False) -> torch.Tensor:
+        """Turns the last layer's output [B, T, H] into logits [B, T, V], as the model does it.
+
+        Args:
+            ids: Token ids [B, T].
+            hidden: The last layer's output.
+            grad: Whether gradients are recorded.
+        """
 
         def give(index: int, entering: torch.Tensor, call: LayerCall) -> torch.Tensor:
             return hidden if index == len(self.layers) - 1 else entering
 
         with self.replaced(give):
-            return self._forward(ids)
+            return self._forward(ids, grad=grad)
 
-    def _forward(self, ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, last_only: bool = False, grad: bool = False
+    ) -> torch.Tensor:
         # Where only the layers' arguments matter, the head need not run over every token.
         keep = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             return self.model(input_ids=ids.to(self.device), use_cache=False, **keep).logits
 
 

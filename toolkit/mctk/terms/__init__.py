@@ -8,6 +8,7 @@ multiplied out and applied; it depends on torch and on nothing else of ours but 
 
 from mctk.terms.bank import Bank
 from mctk.terms.dense import Bias, Dense
+from mctk.terms.dynamic import DynamicDense
 from mctk.terms.lowrank import LowRank
 from mctk.terms.registry import kind, kinds, register_kind
 from mctk.terms.shape import BankShape
@@ -15,7 +16,7 @@ from mctk.terms.sizes import DENSE, SizeCurve, rank_settings
 from mctk.terms.sparse import Sparse
 from mctk.terms.term import Term, spec_bytes, spec_parameters
 
-for _kind in (Dense, LowRank, Sparse, Bias):
+for _kind in (Dense, DynamicDense, LowRank, Sparse, Bias):
     register_kind(_kind)
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "BankShape",
     "Bias",
     "Dense",
+    "DynamicDense",
     "LowRank",
     "SizeCurve",
     "Sparse",

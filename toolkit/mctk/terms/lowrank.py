@@ -196,11 +196,19 @@ class LowRank(Term):
             changed._order = None
         return changed
 
+    @property
+    def inner_macs(self) -> int:
+        """Multiply-adds of ``V x`` for one token: the identity of a pivoted V costs nothing."""
+        return self.rank * self._right.shape[2]
+
+    @property
+    def outer_macs(self) -> int:
+        """Multiply-adds of ``U z`` for one token; likewise."""
+        return self._left.shape[1] * self.rank
+
     def macs(self, member: int) -> int:
         """See `Term.macs`: the identity of a pivoted factor costs nothing."""
-        if not self.has(member):
-            return 0
-        return self._left.shape[1] * self.rank + self.rank * self._right.shape[2]
+        return self.inner_macs + self.outer_macs if self.has(member) else 0
 
     def factors(self, member: int) -> tuple[Tensor, Tensor]:
         """Returns a member's full factors (U ``[R, r]``, V ``[r, C]``), whatever the storage.
@@ -231,17 +239,24 @@ class LowRank(Term):
     def apply(self, x: Tensor, member: int) -> Tensor:
         """See `Term.apply`."""
         self._check_input(x)
-        u, v = self.u_slots[member], self.v_slots[member]
-        if u is None or v is None:
-            return self._no_output(x)
+        return self.outer(self.inner(x, member), member) if self.has(member) else self._no_output(x)
+
+    def inner(self, x: Tensor, member: int) -> Tensor:
+        """Returns ``V x``, ``[T, r]``, for inputs ``x [T, in]`` of a member that has the term."""
+        v = self.v_slots[member]
+        assert v is not None
         x = take_columns(x, self.cols, v)
         right = self._right[v]
-        if self.side == "V":
-            # V = [I C] with its columns permuted: gather the columns, the first r pass as they are.
-            x = x.index_select(1, self._positions()[1][v])
-            z = torch.addmm(x[:, : self.rank], x[:, self.rank :], right.t())
-        else:
-            z = F.linear(x, right)
+        if self.side != "V":
+            return F.linear(x, right)
+        # V = [I C] with its columns permuted: gather the columns, the first r pass as they are.
+        x = x.index_select(1, self._positions()[1][v])
+        return torch.addmm(x[:, : self.rank], x[:, self.rank :], right.t())
+
+    def outer(self, z: Tensor, member: int) -> Tensor:
+        """Returns ``U z``, ``[T, out]``, for what `inner` gave, or a sum of such."""
+        u = self.u_slots[member]
+        assert u is not None
         part = F.linear(z, self._left[u])
         if self.side == "U":
             part = torch.cat([z, part], dim=1).index_select(1, self._positions()[0][u])

@@ -19,20 +19,20 @@ class SizeCurve:
     """The settings of one bank, from the smallest to the largest.
 
     Attributes:
-        item: (layer, bank).
+        item: (step, layer, bank); the banks joined by "+" where one call takes several.
         settings: Ranks, or what a method counts; the last may be `DENSE`, 'kept dense'.
         cost: Stored parameters (or bytes) of the bank at each setting, strictly increasing.
         error: Expected squared error at each setting, in the same unit in all curves, not
             increasing; None where no data was seen.
     """
 
-    item: tuple[int, str]
+    item: tuple[int, int, str]
     settings: tuple[int, ...]
     cost: tuple[int, ...]
     error: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        place = f"size curve of {self.item[1]} in layer {self.item[0]}"
+        place = f"size curve of {self.item[2]} in layer {self.item[1]}"
         if not self.settings or len(self.settings) != len(self.cost):
             raise ValueError(f"{place}: {len(self.settings)} settings and {len(self.cost)} costs")
         if DENSE in self.settings[:-1]:

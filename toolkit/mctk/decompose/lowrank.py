@@ -7,7 +7,7 @@ the rest is here. Torch is imported inside the functions: a recipe is read witho
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -51,17 +51,36 @@ class LowRankOptions(MethodOptions):
         return self
 
 
-def sizes(shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[int]]:
+def only(banks: Mapping[str, Bank]) -> Bank:
+    """Returns the one bank that a method of scope "bank" is given."""
+    (bank,) = banks.values()
+    return bank
+
+
+def sizes(
+    banks: Mapping[str, Bank],
+    options: LowRankOptions,
+    u_slots: int | None = None,
+    v_slots: int | None = None,
+) -> tuple[list[int], list[int]]:
     """Returns all ranks, DENSE last, and the parameters of each.
 
     A plan leaves out those that store no less than dense, in its budget's unit.
-    """
-    from mctk.terms import rank_settings
 
+    Args:
+        banks: The bank, as the steps before leave it; only shapes count.
+        options: How the factors are stored.
+        u_slots: Slots of U (by default one for each matrix, as for V).
+        v_slots: Slots of V.
+    """
+    from mctk.terms import BankShape, rank_settings
+
+    bank = only(banks)
+    stored = matrices(bank).weight.shape[0]
     ranks, costs = rank_settings(
-        shape,
-        shape.members,
-        shape.members,
+        BankShape(stored, bank.shape.out_features, bank.shape.in_features),
+        stored if u_slots is None else u_slots,
+        stored if v_slots is None else v_slots,
         options.rank_multiple,
         options.storage,
         beyond=True,
@@ -69,25 +88,66 @@ def sizes(shape: BankShape, options: LowRankOptions) -> tuple[list[int], list[in
     return list(ranks), list(costs)
 
 
-def layout(shape: BankShape, size: int | None, options: LowRankOptions) -> list[Term]:
-    """Returns the low-rank term of rank `size`, factors for every member, on the meta device."""
+def layout(
+    banks: Mapping[str, Bank],
+    size: int | None,
+    options: LowRankOptions,
+    u_slots: Sequence[int | None] | None = None,
+    v_slots: Sequence[int | None] | None = None,
+) -> dict[str, list[Term]]:
+    """Returns the bank's terms on meta, its matrices replaced by a low-rank term of rank `size`.
+
+    Args:
+        banks: The bank, as the steps before leave it; only shapes count.
+        size: The rank, or DENSE for no change.
+        options: How the factors are stored.
+        u_slots: Slot map of U (by default that of the matrices, as for V).
+        v_slots: Slot map of V.
+    """
+    from mctk.terms import DENSE
+
+    bank = only(banks)
+    dense = matrices(bank)
+    if size == DENSE:
+        return {bank.name: list(bank.terms)}
+    if size is None:
+        raise ValueError("a low-rank term has no layout without its rank")
+    left = dense.slots if u_slots is None else u_slots
+    right = dense.slots if v_slots is None else v_slots
+    term = _meta_low_rank(bank.shape, left, right, size, options.storage)
+    return {bank.name: [term if other is dense else other for other in bank.terms]}
+
+
+def _meta_low_rank(
+    shape: BankShape,
+    u_slots: Sequence[int | None],
+    v_slots: Sequence[int | None],
+    rank: int,
+    storage: str,
+) -> Term:
+    """A low-rank term without data; pivoted, the identity is in the factor with fewer slots."""
     import torch
 
     from mctk.terms import LowRank
 
-    if size is None:
-        raise ValueError("a low-rank term has no layout without its rank")
-    slots = range(shape.members)
-    out, columns = shape.out_features, shape.in_features
-
     def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape.members, *sizes, dtype=dtype, device="meta")
+        return torch.empty(*sizes, dtype=dtype, device="meta")
 
-    right = meta(size, columns)
-    if options.storage == "plain":
-        return [LowRank(shape, slots, slots, U=meta(out, size), V=right)]
-    pivots = meta(size, dtype=torch.int32)
-    return [LowRank(shape, slots, slots, C=meta(out - size, size), pivots=pivots, V=right)]
+    out, columns = shape.out_features, shape.in_features
+    lefts = len({slot for slot in u_slots if slot is not None})
+    rights = len({slot for slot in v_slots if slot is not None})
+    left, right = meta(lefts, out, rank), meta(rights, rank, columns)
+    if storage == "plain":
+        return LowRank(shape, u_slots, v_slots, U=left, V=right)
+    if lefts <= rights:
+        pivots = meta(lefts, rank, dtype=torch.int32)
+        return LowRank(
+            shape, u_slots, v_slots, C=meta(lefts, out - rank, rank), pivots=pivots, V=right
+        )
+    pivots = meta(rights, rank, dtype=torch.int32)
+    return LowRank(
+        shape, u_slots, v_slots, U=left, C=meta(rights, rank, columns - rank), pivots=pivots
+    )
 
 
 def matrices(bank: Bank) -> Dense:

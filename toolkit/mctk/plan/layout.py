@@ -1,0 +1,125 @@
+"""What the banks will look like: steps applied to terms without data, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..checkpoint import original_terms
+from ..errors import UserError
+from ..terms import DENSE, Bank, Bias, Term
+
+if TYPE_CHECKING:
+    from .plan import Plan, Size
+
+MetaTerms = dict[int, dict[str, list[Term]]]  # layer → bank → terms on the meta device
+
+
+class DataDecide(Exception):
+    """A step's layout depends on data."""
+
+
+def groups(plan: Plan, number: int, layer: int) -> list[list[str]]:
+    """The banks of a layer that one call of a step's method gets: one, or all that it targets."""
+    names = plan.targets[number].get(layer, [])
+    if plan.recipe.steps[number].method.scope == "layer":
+        return [names] if names else []
+    return [[name] for name in names]
+
+
+def banks_now(plan: Plan, layer: int, names: list[str], changed: MetaTerms) -> dict[str, Bank]:
+    """Some banks of a layer as they are after the steps that `changed` tells of."""
+    found = {}
+    for name in names:
+        site = plan.sites[layer][name]
+        terms = changed.get(layer, {}).get(name)
+        if terms is None:
+            terms = original_terms(site, plan.source_dtype(layer, site))
+        found[name] = Bank(name, layer, site.shape, list(terms))
+    return found
+
+
+def step_banks(plan: Plan, number: int, banks: Mapping[str, Bank]) -> dict[str, Bank]:
+    """The banks as a step's hooks get them: `decompose` is spared the biases."""
+    if plan.recipe.steps[number].stage != "decompose":
+        return dict(banks)
+    return {
+        name: Bank(name, bank.layer, bank.shape, [t for t in bank.terms if not isinstance(t, Bias)])
+        for name, bank in banks.items()
+    }
+
+
+def apply_layout(
+    plan: Plan, number: int, layer: int, names: list[str], size: int | None, changed: MetaTerms
+) -> None:
+    """Enters into `changed` what a step makes of some banks.
+
+    Raises:
+        DataDecide: Only data can tell.
+        UserError: The method refuses banks of this form.
+    """
+    step = plan.recipe.steps[number]
+    banks = banks_now(plan, layer, names, changed)
+    try:
+        found = step.method.layout(step_banks(plan, number, banks), size, step.options)
+    except UserError as error:
+        raise plan.recipe.error(("steps", number), str(error)) from error
+    if found is None:
+        raise DataDecide(number)
+    now = changed.setdefault(layer, {})
+    for name, terms in found.items():
+        dtype = plan.storage_dtype(layer, plan.sites[layer][name])
+        before = banks[name].terms
+        kept: list[Term] = []
+        if step.stage == "compensate":
+            kept = before  # that adds; all else replaces
+        elif step.stage == "decompose":
+            kept = [term for term in before if isinstance(term, Bias)]
+        now[name] = [term.to(dtype=dtype) for term in (*terms, *kept)]
+
+
+def lay_out(plan: Plan, sizes: Size, steps: int | None = None) -> MetaTerms:
+    """Applies the first `steps` steps (all by default); only banks that they rewrite appear.
+
+    Where the prepared steps have been run, what they made is taken instead.
+
+    Raises:
+        DataDecide: Only data can tell.
+    """
+    end = len(plan.recipe.steps) if steps is None else steps
+    changed: MetaTerms = {}
+    for layer in range(len(plan.sites)):
+        changed |= lay_out_layer(plan, sizes, end, layer)
+    return changed
+
+
+def lay_out_layer(plan: Plan, sizes: Size, steps: int, layer: int) -> MetaTerms:
+    """The same for one layer."""
+    changed: MetaTerms = {}
+    first = 0
+    if plan.prepared_terms is not None and steps >= plan.prepared:
+        changed = {layer: dict(plan.prepared_terms.get(layer, {}))}
+        first = plan.prepared
+    for number in range(first, steps):
+        for names in groups(plan, number, layer):
+            size = sizes[number, layer, names[0]]
+            if size != DENSE:
+                apply_layout(plan, number, layer, names, size, changed)
+    return {layer: banks for layer, banks in changed.items() if banks}
+
+
+def with_neighbours(plan: Plan, changed: MetaTerms) -> MetaTerms:
+    """Adds the untouched banks of every module that holds a changed one: they are stored with it.
+
+    A module is changed if any of its banks is; its other banks are stored as they were.
+    """
+    whole: MetaTerms = {}
+    for layer, banks in changed.items():
+        sites = plan.sites[layer]
+        modules = {sites[bank].module for bank in banks}
+        whole[layer] = {
+            name: banks[name] if name in banks else plan.original_terms(layer, site)
+            for name, site in sites.items()
+            if site.module in modules
+        }
+    return whole

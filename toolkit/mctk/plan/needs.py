@@ -1,0 +1,128 @@
+"""What a run's steps work on and need: targets, statistics, and which steps are *prepared*.
+
+Most statistics are those of the original model and serve every step. Two kinds are not: those too
+large to keep (elementwise Fisher information lives for its layer only), and those of what earlier
+steps leave (`of="current"`: outputs of a residual that a merge made). Steps up to the last one that
+such statistics depend on are *prepared*: they are run first, their result is kept, and what is
+measured on it comes afterwards. Their sizes cannot be left to an allocator, which decides last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from ..errors import nearest
+from ..statistics import ExpertFrequency, LayerSamples, Need
+
+if TYPE_CHECKING:
+    from ..models import BankSite
+    from ..recipe import Recipe
+    from .plan import Plan
+
+TRACE_TOKENS = 4096  # tokens of the kept sample on which each pass's error is measured
+
+
+def find_targets(
+    recipe: Recipe, number: int, sites: list[dict[str, BankSite]]
+) -> dict[int, list[str]]:
+    """The banks that a step works on, by layer.
+
+    Raises:
+        RecipeError: A glob matches no bank of the chosen layers.
+    """
+    step = recipe.steps[number]
+    found: dict[int, list[str]] = {}
+    for layer, banks in enumerate(sites):
+        names = [name for name in banks if step.selects(layer, name)]
+        if names:
+            found[layer] = names
+    known = {name for layer, banks in enumerate(sites) if layer in step.layers for name in banks}
+    for glob in step.targets:
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise recipe.error(
+                ("steps", number, "targets"),
+                f"no bank of the chosen layers matches {glob}{nearest(glob, known)}",
+            )
+    return found
+
+
+def find_needs(plan: Plan) -> None:
+    """Sets the plan's `needs` and how many of its steps are prepared.
+
+    Raises:
+        RecipeError: Statistics are needed without calibration text, or a step must be prepared
+            whose size the budget decides.
+    """
+    needs: dict[int, list[Need]] = {}
+    barrier: tuple[int, int, Need] | None = None  # steps prepared, the step that asks, for what
+    for number, step in enumerate(plan.recipe.steps):
+        for layer, banks in plan.targets[number].items():
+            sites = plan.sites[layer]
+            for bank in banks:
+                for need in step.method.needs(sites[bank].shape, bank, step.options):
+                    prepared = number + 1 if need.transient else 0
+                    if getattr(need, "of", "original") == "current":
+                        prepared = _steps_before(plan, number, layer, bank, need)
+                        if not prepared:
+                            need = dataclasses.replace(need, **{"of": "original"})
+                    if prepared and (barrier is None or prepared > barrier[0]):
+                        barrier = (prepared, number, need)
+                    need = need.canonical(sites)
+                    if need not in needs.setdefault(layer, []):
+                        needs[layer].append(need)
+    asked = sorted({type(n).__name__ for layer in needs.values() for n in layer})
+    if asked and plan.recipe.calibration is None:
+        raise plan.recipe.error((), f"calibration is missing; the steps need {', '.join(asked)}")
+    if plan.recipe.calibration is not None:
+        _add_own(plan, needs)
+    plan.needs = needs
+    if barrier is not None:
+        plan.prepared = barrier[0]
+        _check_prepared(plan, *barrier)
+
+
+def _steps_before(plan: Plan, number: int, layer: int, bank: str, need: Need) -> int:
+    """How many steps have to be done before a statistic "of what is there now" can be measured.
+
+    What enters a bank changes only where a merge has put an expert's neurons in another order;
+    what its matrices put out changes with every step on it.
+    """
+    module = plan.sites[layer][bank].module
+    inputs = getattr(need, "side", "input") == "input"
+    last = 0
+    for earlier in range(number):
+        if inputs and plan.recipe.steps[earlier].stage != "merge":
+            continue
+        names = plan.targets[earlier].get(layer, [])
+        if any(plan.sites[layer][name].module == module for name in names):
+            last = earlier + 1
+    return last
+
+
+def _add_own(plan: Plan, needs: dict[int, list[Need]]) -> None:
+    """Adds what the engine itself wants of every layer that is worked on."""
+    for layer in sorted({layer for step in plan.targets for layer in step}):
+        wanted = needs.setdefault(layer, [])
+        wanted.append(LayerSamples(TRACE_TOKENS))
+        has_experts = any(site.part == "down" for site in plan.sites[layer].values())
+        if has_experts and ExpertFrequency() not in wanted:
+            wanted.append(ExpertFrequency())  # tokens per expert are part of every report
+
+
+def _check_prepared(plan: Plan, prepared: int, asking: int, need: Need) -> None:
+    """A prepared step cannot wait for an allocator."""
+    for number, step in enumerate(plan.recipe.steps[:prepared]):
+        if not step.auto:
+            continue
+        name = f"{plan.recipe.steps[asking].stage}/{plan.recipe.steps[asking].method.name}"
+        what = f"{name} (steps.{asking}) needs {type(need).__name__}"
+        why = (
+            f"{what}, which is too large to keep until sizes are decided"
+            if need.transient
+            else f"{what} of what this step leaves"
+        )
+        raise plan.recipe.error(
+            ("steps", number, "size"), f"auto is not possible here: {why}; state a size"
+        )

@@ -1,0 +1,435 @@
+"""Experts that are modules in an `nn.ModuleList`: how remote code of 2024 holds them.
+
+Such a block routes by itself and calls its experts one by one, so there is no forward of ours to
+listen in: hooks on the experts tell what passes, and a hook on the router whose tokens they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, UserError
+from ..terms import BankShape
+from .experts import Observer
+from .experts import observe as observe_module
+from .gradients import GradientObserver
+from .gradients import observe_gradients as observe_module_gradients
+from .owner import TermModule
+
+NAMES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
+"""What the linear layers of an expert are called; the second names are Mixtral's."""
+ACTIVATION = "act_fn"
+_OBSERVER = "_mctk_list_observer"
+# A list does not know the block that holds it; whoever finds both says so (`join`).
+_BLOCKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def linears(expert: nn.Module) -> dict[str, nn.Linear] | None:
+    """The gate, up and down layers of an expert; None if it does not have the three."""
+    found = {}
+    for part, names in NAMES.items():
+        layers = [getattr(expert, name, None) for name in names]
+        layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        if len(layers) != 1:
+            return None
+        found[part] = layers[0]
+    return found
+
+
+def is_expert_list(module: nn.Module) -> bool:
+    """Whether a module is a list of experts, original or compressed."""
+    if isinstance(module, TermExpertList):
+        return True
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(linears(expert) is not None for expert in module)
+    )
+
+
+def list_layout(module: nn.ModuleList) -> tuple[dict[str, BankShape], bool]:
+    """The shapes of an original list's banks, and whether its matrices have biases.
+
+    Raises:
+        ValueError: The experts are not equal gated MLPs; says what is wrong.
+    """
+    first, *others = module
+    for number, expert in enumerate(others, 1):
+        if type(expert) is not type(first) or _shapes(expert) != _shapes(first):
+            raise ValueError(f"expert {number} differs from expert 0 in class or shapes")
+    layers = linears(first)
+    if layers is None:
+        raise ValueError(f"{type(first).__name__} has no linear layers named as {NAMES}")
+    known = {*layers.values()}
+    activation = getattr(first, ACTIVATION, None)
+    for name, child in first.named_children():
+        if child not in known and (
+            child is not activation or any(True for _ in child.parameters())
+        ):
+            raise ValueError(f"{type(first).__name__} holds {name} besides its three matrices")
+    if any(True for _ in first.parameters(recurse=False)) or any(True for _ in first.buffers()):
+        raise ValueError(f"{type(first).__name__} holds tensors besides its three matrices")
+    if not callable(activation):
+        raise ValueError(f"{type(first).__name__} has no {ACTIVATION}")
+    gate, up, down = (layers[part] for part in NAMES)
+    shape = BankShape(len(module), up.out_features, up.in_features)
+    mirrored = (shape.in_features, shape.out_features)
+    if gate.weight.shape != up.weight.shape or tuple(down.weight.shape) != mirrored:
+        raise ValueError(f"{type(first).__name__}: its matrices do not fit together")
+    if len({layer.bias is None for layer in layers.values()}) > 1:
+        raise ValueError(f"{type(first).__name__}: only some of its matrices have a bias")
+    if not _computes_gated_mlp(first):
+        raise ValueError(
+            f"{type(first).__name__} does not compute down({ACTIVATION}(gate(x)) * up(x))"
+        )
+    down_shape = BankShape(len(module), *mirrored)
+    return {"gate": shape, "up": shape, "down": down_shape}, gate.bias is not None
+
+
+def _shapes(expert: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in expert.named_parameters()}
+
+
+def _computes_gated_mlp(expert: nn.Module) -> bool:
+    """Runs the class's own forward on tiny matrices and compares: names alone may mislead."""
+    generator = torch.Generator().manual_seed(0)
+    layers = linears(expert)
+    assert layers is not None
+    tiny = copy.copy(expert)
+    tiny._modules = dict(expert._modules)
+    made: dict[str, nn.Linear] = {}
+    for name, child in expert.named_children():
+        part = next((part for part, layer in layers.items() if layer is child), None)
+        if part is None:
+            continue
+        sizes = (3, 5) if part == "down" else (5, 3)
+        weight = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu")
+        made[part] = nn.Linear(sizes[1], sizes[0], bias=False, device="meta", dtype=torch.float64)
+        made[part].weight = nn.Parameter(weight, requires_grad=False)
+        tiny._modules[name] = made[part]
+    x = torch.randn((4, 3), generator=generator, dtype=torch.float64, device="cpu")
+    activation = getattr(expert, ACTIVATION)
+    try:
+        with torch.no_grad():
+            own = type(expert).forward(tiny, x)
+            ours = made["down"](activation(made["gate"](x)) * made["up"](x))
+    except Exception:  # foreign code: whatever it needs that we do not know
+        return False
+    return isinstance(own, Tensor) and own.shape == ours.shape and bool(torch.allclose(own, ours))
+
+
+def join(block: nn.Module, module: nn.Module) -> None:
+    """Says which Mixture-of-Experts block a list of experts belongs to."""
+    _BLOCKS[module] = weakref.ref(block)
+
+
+def observed_forward(module: nn.Module) -> nn.Module:
+    """The module in whose forward all experts of a token run: of a list, the block around it."""
+    if not is_expert_list(module):
+        return module
+    block = _BLOCKS[module]() if module in _BLOCKS else None
+    if block is None:
+        raise ValueError("a list of experts whose block nobody named; call bank_sites before")
+    return block
+
+
+class TermExpertList(TermModule):
+    """Stands for a list of experts: their gate, up and down banks are sums of terms.
+
+    It owns the tensors of all experts. Indexing and iterating, as the block's own code does, gives
+    callables that run one expert by a call of this module, so that hooks on it (accelerate's, which
+    bring offloaded tensors back) do their work. An expert that no term of down serves gives zeros.
+
+    Args:
+        original: The list that it replaces, on any device; it may be a `TermExpertList`.
+        specs: "gate", "up", "down" → the specs of the terms.
+
+    Raises:
+        CheckpointError: The specs do not fit the original, or that is no list of gated MLPs.
+    """
+
+    def __init__(
+        self, original: nn.Module, specs: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> None:
+        if isinstance(original, TermExpertList):
+            shapes, activation = original.shapes, original.act_fn
+            dtype = next((p.dtype for p in original.parameters()), torch.float32)
+        elif isinstance(original, nn.ModuleList) and is_expert_list(original):
+            try:
+                shapes, _ = list_layout(original)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            activation = getattr(original[0], ACTIVATION)
+            dtype = next(original.parameters()).dtype
+        else:
+            raise CheckpointError(f"{type(original).__name__} is not a list of experts")
+        super().__init__(shapes, specs, dtype)
+        self.act_fn = activation
+        if original in _BLOCKS:
+            _BLOCKS[self] = _BLOCKS[original]
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        """Runs one expert: ``x [..., H]`` to ``[..., H]``."""
+        gate, up, down = (self.bank(part) for part in NAMES)
+        dtype = next((t.dtype for bank in (gate, up, down) for t in bank.terms), x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        h = self.act_fn(gate.apply(rows, number)) * up.apply(rows, number)
+        y = down.apply(h, number)
+        observer = getattr(self, _OBSERVER, None)
+        if observer is not None:
+            observer(number, x, h, y)
+        return y.reshape(x.shape)
+
+    def __len__(self) -> int:
+        return self.shapes["down"].members
+
+    def __getitem__(self, number: int) -> Callable[[Tensor], Tensor]:
+        if not isinstance(number, int):
+            raise TypeError(f"experts are numbered by integers, not {type(number).__name__}")
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"expert {number} of {len(self)}")
+        return _Expert(self, number % len(self))
+
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        return (self[number] for number in range(len(self)))
+
+
+class _Expert:
+    """One expert of a `TermExpertList`, as the block's code calls it."""
+
+    def __init__(self, experts: TermExpertList, number: int) -> None:
+        self.experts, self.number = experts, number
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.number)
+
+
+@contextlib.contextmanager
+def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
+    """Tells `observer` of every expert that an experts module or a list of experts runs.
+
+    Raises:
+        ValueError: The module would not run by our loop; see `experts.observe`.
+        UserError: While the forward runs: a list's router does not tell its choices and weights.
+    """
+    if not is_expert_list(module):
+        with observe_module(module, observer):
+            yield
+        return
+    routing = _Routing(module)
+
+    def report(number: int, x: Tensor, h: Tensor, y: Tensor) -> None:
+        x, h, y = (rows.reshape(-1, rows.shape[-1]) for rows in (x, h, y))
+        token, slot, weights, order = routing.rows_of(number, x)
+        if order is not None:
+            x, h, y = x[order], h[order], y[order]
+        observer(number, token, slot, x, h, y, weights)
+
+    with contextlib.ExitStack() as stack:
+        routing.listen(stack)
+        if isinstance(module, TermExpertList):
+            before = getattr(module, _OBSERVER, None)
+            setattr(module, _OBSERVER, report)
+            stack.callback(setattr, module, _OBSERVER, before)
+        else:
+            assert isinstance(module, nn.ModuleList)
+            for number, expert in enumerate(module):
+                _listen_to_expert(stack, expert, number, report)
+        yield
+
+
+def _listen_to_expert(
+    stack: contextlib.ExitStack,
+    expert: nn.Module,
+    number: int,
+    report: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> None:
+    layers = linears(expert)
+    assert layers is not None
+    entered: list[Tensor] = []
+
+    def before_down(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entered.append(args[0])
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        report(number, args[0], entered.pop(), output)
+
+    for handle in (
+        layers["down"].register_forward_pre_hook(before_down),
+        expert.register_forward_hook(after),
+    ):
+        stack.callback(handle.remove)
+
+
+class _Routing:
+    """What a block's router chose in the forward that is under way.
+
+    The router is whichever child of the block gives indices ``[T, k]`` and weights ``[T, k]``.
+
+    Args:
+        module: The list of experts.
+        chosen: Is told the number of tokens and of (token, expert) pairs of each forward.
+    """
+
+    def __init__(
+        self, module: nn.Module, chosen: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.module = module
+        self.chosen = chosen
+        self.block = observed_forward(module)
+        self.hidden: Tensor | None = None
+        self.index: Tensor | None = None
+        self.weights: Tensor | None = None
+
+    def listen(self, stack: contextlib.ExitStack) -> None:
+        """Hooks the block and its children; undone with the stack."""
+        handle = self.block.register_forward_pre_hook(self._begin, with_kwargs=True)
+        stack.callback(handle.remove)
+        for child in self.block.children():
+            if child is not self.module:
+                stack.callback(child.register_forward_hook(self._see).remove)
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.index = self.weights = None
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, tuple | list) or len(output) < 2:
+            return
+        index, weights = output[0], output[1]
+        if not isinstance(index, Tensor) or not isinstance(weights, Tensor):
+            return
+        whole = not index.is_floating_point() and weights.is_floating_point()
+        if index.dim() == 2 and index.shape == weights.shape and whole:
+            self.index, self.weights = index, weights.detach()
+            if self.chosen is not None:
+                self.chosen(index.shape[0], index.numel())
+
+    def rows_of(self, number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Whose rows an expert got, in ascending order of tokens.
+
+        Args:
+            number: The expert's number.
+            x: Its inputs, ``[n, H]``, in the block's own order.
+
+        Returns:
+            Tokens, slots and routing weights, ``[n]`` each, and the order of x's rows that fits
+            them (None if it is as it should be).
+        """
+        name = type(self.block).__name__
+        if self.hidden is None or self.index is None or self.weights is None:
+            raise UserError(
+                f"{name}: its router does not hand out the chosen experts and their weights "
+                "([tokens, k] each); such a block cannot be observed yet"
+            )
+        token, slot = (self.index == number).nonzero(as_tuple=True)
+        expected = self.hidden[token]
+        if expected.shape != x.shape:
+            raise UserError(
+                f"{name}: expert {number} got {x.shape[0]} rows where the router sent "
+                f"{expected.shape[0]}; such a block cannot be observed yet"
+            )
+        order = None
+        if not torch.equal(expected, x):
+            # Blocks sort tokens by expert, and the order within an expert is the sort's. Equal
+            # rows may swap places: to a router equal rows are equal.
+            order = torch.empty_like(token)
+            order[_keys(expected).argsort()] = _keys(x).argsort()
+            if not torch.equal(expected, x[order]):
+                raise UserError(
+                    f"{name}: expert {number} got other rows than the block's own; such a block "
+                    "cannot be observed yet"
+                )
+        return token, slot, self.weights[token, slot], order
+
+
+def _keys(rows: Tensor) -> Tensor:
+    """A number for each row ``[n, H]``, equal for equal rows and hardly ever else."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    bits = rows.detach().contiguous().view(integer).to(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator)
+    return (bits * factors.to(bits.device)).sum(-1)
+
+
+@contextlib.contextmanager
+def observe_forwards(
+    module: nn.Module, begin: Callable[[int, int], None]
+) -> Iterator[None]:
+    """Tells of each forward of an experts module or a list of experts before its experts run.
+
+    Args:
+        module: The module.
+        begin: Is called with the number of tokens and of (token, expert) pairs. Of a list whose
+            router does not tell its choices it is never called.
+    """
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = ("hidden_states", "top_k_index")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        begin(given["hidden_states"].shape[0], given["top_k_index"].numel())
+
+    with contextlib.ExitStack() as stack:
+        if is_expert_list(module):
+            routing = _Routing(module, begin)
+            routing.listen(stack)
+        else:
+            handle = module.register_forward_pre_hook(called, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def observe_gradients(module: nn.Module, observer: GradientObserver) -> Iterator[None]:
+    """Tells `observer` of the gradients of an experts module or an original list of experts.
+
+    Of a list it hears of "gate", "up" and "down", and all rows bear the token index 0: which
+    sequence a row belongs to is only known where there is one, so a forward may hold one.
+
+    Raises:
+        ValueError: The module is compressed, or would not run by our loop; while the forward runs:
+            a list gets several sequences at once.
+    """
+    if not is_expert_list(module):
+        with observe_module_gradients(module, observer):
+            yield
+        return
+    if not isinstance(module, nn.ModuleList):
+        raise ValueError(f"{type(module).__name__}: gradients are taken of original weights only")
+
+    def one_sequence(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.dim() != 3 or hidden.shape[0] != 1:
+            raise ValueError(
+                f"gradients of a list of experts take one sequence [1, T, H] at a time, not "
+                f"{list(hidden.shape)}"
+            )
+
+    with contextlib.ExitStack() as stack:
+        block = observed_forward(module)
+        handle = block.register_forward_pre_hook(one_sequence, with_kwargs=True)
+        stack.callback(handle.remove)
+        for number, expert in enumerate(module):
+            layers = linears(expert)
+            assert layers is not None
+            for part, layer in layers.items():
+                tap = _gradient_tap(observer, part, number)
+                stack.callback(layer.register_forward_hook(tap).remove)
+        yield
+
+
+def _gradient_tap(observer: GradientObserver, part: str, number: int) -> Callable[..., None]:
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        output.register_hook(lambda grad: observer(part, number, token, x, grad))
+
+    return after

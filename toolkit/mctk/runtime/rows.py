@@ -1,0 +1,200 @@
+"""The routed (token, choice) pairs of one forward, sorted by expert, and what experts share in it.
+
+Letters: T tokens, k choices each, n = T·k rows, P distinct (token, group) pairs. Every sum over
+experts here has a fixed order, so that results are the same bit for bit however often they are
+computed, on the accelerator too: nothing is added through atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Groups = tuple[int | None, ...]
+"""For each member the group that it computes something with, or None if it has no part in it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows ``start .. stop - 1``, all of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+class Rows:
+    """Rows sorted by expert, by token within one.
+
+    Args:
+        choices: Chosen experts, ``[T, k]``.
+        experts: How many there are.
+
+    Attributes:
+        choices: As given.
+        places: Of each row its place ``token · k + choice``, ``[n]``.
+        token: Of each row its token, ``[n]``.
+        counts: Rows of each expert.
+        segments: The experts that have rows.
+
+    Raises:
+        ValueError: An expert's number is too large.
+    """
+
+    def __init__(self, choices: Tensor, experts: int) -> None:
+        flat = choices.reshape(-1)
+        counts = torch.bincount(flat, minlength=experts).tolist()
+        if len(counts) > experts:
+            raise ValueError(
+                f"expert index {len(counts) - 1} of {experts} experts: expert parallelism is not "
+                "supported by mctk's experts"
+            )
+        self.choices = choices
+        self._fill(torch.argsort(flat, stable=True), counts)
+
+    def _fill(self, places: Tensor, counts: list[int]) -> None:
+        self.places = places
+        self.token = places // self.choices.shape[1] if self.choices.numel() else places
+        self.counts = counts
+        self.segments = []
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                self.segments.append(Segment(expert, start, start + count))
+            start += count
+
+    def subset(self, mask: Tensor) -> Rows:
+        """Returns the rows where ``mask [n]`` is true, in the same order."""
+        picked = self.__class__.__new__(self.__class__)
+        picked.choices = self.choices
+        counts = [0] * len(self.counts)
+        for segment in self.segments:
+            counts[segment.expert] = int(mask[segment.start : segment.stop].sum())
+        picked._fill(self.places[mask], counts)
+        return picked
+
+    def inverse(self) -> Tensor:
+        """Returns of each choice its row, ``[T, k]``; only for all rows, not for a subset."""
+        inverse = torch.empty_like(self.places)
+        inverse[self.places] = torch.arange(self.places.numel(), device=self.places.device)
+        return inverse.view(self.choices.shape)
+
+    def offsets(self) -> Tensor:
+        """Returns where each expert's rows end, ``[E]`` int32, as a grouped product takes it."""
+        counts = torch.tensor(self.counts, device=self.places.device)
+        return counts.cumsum(0).to(torch.int32)
+
+
+class Pairs:
+    """The distinct (token, group) pairs of one forward: what a group shares is done once for each.
+
+    Pairs are sorted by group, by token within one. Of a token's choices in a group the first is the
+    pair's *leader*.
+
+    Args:
+        groups: For each member its group.
+        rows: All rows of the forward.
+
+    Attributes:
+        token: Of each pair its token, ``[P]``.
+        of_choice: Of each choice its pair, ``[T, k]``; P where the member has no group.
+        segments: The groups that were visited; ``expert`` is the group's first member.
+        count: P.
+        whole: All members are one group: the pairs are the tokens.
+    """
+
+    def __init__(self, groups: Groups, rows: Rows) -> None:
+        choices = rows.choices
+        tokens, k = choices.shape
+        device = choices.device
+        names = sorted({group for group in groups if group is not None})
+        self._inverse = rows.inverse()
+        self.segments: list[Segment] = []
+        # One group for all: the pairs are the tokens, and nothing needs to be looked up.
+        self.whole = len(names) == 1 and None not in groups
+        if self.whole:
+            self.count = tokens
+            self.token = torch.arange(tokens, device=device)
+            self.of_choice = self.token[:, None].expand(tokens, k)
+            self.segments = [Segment(0, 0, tokens)] if tokens else []
+            return
+        absent = len(names)
+        lookup = [absent if group is None else names.index(group) for group in groups]
+        group = torch.tensor(lookup, device=device)[choices]
+        visited = torch.zeros(tokens, absent + 1, dtype=torch.bool, device=device)
+        table = visited.scatter(1, group, True)[:, :absent].t()
+        self.token = table.nonzero()[:, 1]
+        self.count = self.token.numel()
+        number = (table.reshape(-1).cumsum(0) - 1).view(absent, tokens)
+        number = torch.cat([number, number.new_full((1, tokens), self.count)])
+        self.of_choice = number[group, torch.arange(tokens, device=device)[:, None]]
+        earlier = torch.ones(k, k, dtype=torch.bool, device=device).tril(-1)
+        # How many of the token's choices before this one are of the same group.
+        self._rank = ((group[:, :, None] == group[:, None, :]) & earlier).sum(2)
+        self._rank = self._rank.masked_fill(group == absent, -1)
+        start = 0
+        for name, size in zip(names, table.sum(1).tolist(), strict=True):
+            if size:
+                self.segments.append(Segment(groups.index(name), start, start + size))
+            start += size
+
+    def to_rows(self, values: Tensor, rows: Rows) -> Tensor:
+        """Returns each row's pair's values, ``[P, w]`` → ``[n, w]``; zeros without a group."""
+        if self.whole:
+            return values.index_select(0, rows.token)
+        padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
+        return padded.index_select(0, self.of_choice.reshape(-1)[rows.places])
+
+    def sum_rows(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Returns the weighted sums over the rows of each pair.
+
+        Args:
+            values: ``[n, w]``, all rows.
+            weights: Routing weights, ``[T, k]``.
+
+        Returns:
+            ``[P, w]``, in the wider type of the two.
+        """
+        dtype = torch.promote_types(values.dtype, weights.dtype)
+        weights = weights.to(dtype)
+        if self.whole:
+            first, *others = range(weights.shape[1])
+            total = values.index_select(0, self._inverse[:, first]) * weights[:, first, None]
+            for j in others:
+                part = values.index_select(0, self._inverse[:, j]).to(dtype)
+                total = torch.addcmul(total, part, weights[:, j, None])
+            return total
+        total = values.new_zeros(self.count, values.shape[1], dtype=dtype)
+        for rank in range(weights.shape[1]):
+            chosen = self._rank == rank
+            # Every pair occurs at most once here: no two rows are added to one place.
+            part = values.index_select(0, self._inverse[chosen]) * weights[chosen][:, None]
+            total = total.index_add(0, self.of_choice[chosen], part)
+        return total
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """Returns the sums over each token's pairs, ``[P, w]`` → ``[T, w]``."""
+        if self.whole:
+            return values
+        padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
+        leading = self.of_choice.masked_fill(self._rank != 0, self.count)
+        first, *others = range(leading.shape[1])
+        total = padded.index_select(0, leading[:, first])
+        for j in others:
+            total = total + padded.index_select(0, leading[:, j])
+        return total
+
+
+def shared_groups(slots: Sequence[object]) -> Groups | None:
+    """Returns members with equal slots as groups, or None where no two members have equal ones.
+
+    Args:
+        slots: For each member what it uses (comparable), None where it uses nothing.
+    """
+    names: dict[object, int] = {}
+    groups = tuple(None if s is None else names.setdefault(s, len(names)) for s in slots)
+    served = sum(group is not None for group in groups)
+    return groups if len(names) < served else None
