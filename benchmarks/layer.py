@@ -1,6 +1,6 @@
 """Time of a compressed Mixture-of-Experts layer beside the original and a naive run time.
 
-    OMP_NUM_THREADS=1 python benchmarks/layer.py                 # two minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/layer.py                 # a few minutes on one core
     OMP_NUM_THREADS=1 python benchmarks/layer.py --dtype bfloat16 --rho 0.3
 
 The compressed layer has one base for all experts, of whose intermediate channels the share p is

@@ -6,8 +6,10 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -15,11 +17,13 @@ import pytest
 import torch
 import yaml
 from mctk import cli
+from mctk.decompose import matrices
 from mctk.errors import CheckpointError
 from mctk.hookspecs import STAGES, Method, Plugin
 from mctk.recipe import Layers, Recipe, load_recipe
 from mctk.recipe.load import _model_in
-from mctk.registry import load_plugins
+from mctk.registry import Registry, load_plugins
+from mctk.terms import Bank, BankShape, Bias, Dense
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -186,6 +190,62 @@ def test_the_plugin_page_names_every_hook():
         signature = ", ".join(list(inspect.signature(getattr(owner, name)).parameters)[1:])
         assert f"`{name}({signature})`" in PLUGIN, f"`{name}({signature})`"
         assert f"def {name}(" in specification
+
+
+def test_the_plugin_pages_tests_run(monkeypatch):
+    """The lines that show how to test a plugin give its method."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "fixtures" / "example_plugin")
+    [code] = [block for block in blocks(PLUGIN, "python") if "Registry(" in block]
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["method"].name == "scaled_svd"
+    assert found["registry"].plugins()[0].error is None
+    sys.modules.pop("mctk_scaled")
+
+
+def test_the_plugin_pages_merge_runs():
+    """It is exact, its layout is what it returns, and a decompose step goes on from it."""
+    [code] = [block for block in blocks(PLUGIN, "python") if "class PairMean" in block]
+    names: dict[str, Any] = {}
+    exec(
+        "from __future__ import annotations\n"
+        "from mctk import decompose\nfrom mctk.hookspecs import Method, hookimpl\n"
+        f"{code}\n@hookimpl\ndef methods():\n    return [PairMean()]\n",
+        names,
+    )
+    registry = Registry({"pairs": SimpleNamespace(methods=names["methods"])})
+    assert [info.error for info in registry.plugins()] == [None]
+    method = registry.method("merge", "pair_mean")
+
+    def layer(device: str) -> dict[str, Bank]:
+        generator = torch.Generator().manual_seed(0)
+        shape = BankShape(5, 6, 4)
+        dense = Dense(shape, range(5), torch.randn(5, 6, 4, generator=generator).to(device))
+        bias = Bias(shape, range(5), torch.randn(5, 6, generator=generator).to(device))
+        return {"experts.up": Bank("experts.up", 0, shape, [dense, bias])}
+
+    real, options = layer("cpu")["experts.up"], method.Options()
+    merged = method.merge(layer("cpu"), None, None, options)["experts.up"]
+    planned = method.layout(layer("meta"), None, options)["experts.up"]
+    assert [term.spec() for term in planned] == [term.spec() for term in merged]
+    assert len(merged[0].weight) == 3 and merged[0].slots == (0, 0, 1, 1, 2)
+    after = Bank("experts.up", 0, real.shape, merged)
+    assert matrices(after) is merged[1]
+    for e in range(5):
+        for ours, theirs in zip(after.materialise(e), real.materialise(e), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+# Links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    code = r"^```.*?^```$|`[^`]+`|^ {4}\S.*?$"
+    text = re.sub(code, "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:", target):
+            assert (page.parent / target.partition("#")[0]).exists(), target
 
 
 # Commands

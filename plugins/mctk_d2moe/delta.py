@@ -117,9 +117,8 @@ class DeltaSvd(Method):
         if options.share == "both":
             each = each.mean(0, keepdim=True)
         u_slots, v_slots = _slots(dense, options)
-        term = LowRank(bank.shape, u_slots, v_slots, U=each, V=right[None])
-        if options.storage == "pivoted":
-            term = term.pivot()
+        factors = LowRank(bank.shape, u_slots, v_slots, U=each, V=right[None])
+        term = factors.pivot() if options.storage == "pivoted" else factors
         return [term if other is dense else other for other in bank.terms]
 
     def _spectrum(self, bank: Bank, dense: Dense, statistics: Any, options: DeltaOptions) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +48,12 @@ class MergeOptions(MethodOptions):
         default="plain",
         description="how the decompose step that follows will store the residuals' factors; only "
         "bases: auto asks",
+    )
+    min_rank: int = Field(
+        default=8,
+        ge=1,
+        description="bases: auto takes no second base that leaves the residuals less rank than "
+        "this (automatic ranks begin with the decompose step's rank_multiple)",
     )
 
 
@@ -227,7 +233,7 @@ class Merge(Method):
     ) -> Plan:
         """Returns the plan of the number of bases whose residuals lose least at the layer's size.
 
-        What a base leaves of the size, the banks' residuals share by their own sizes. One number
+        What the bases leave of the size, the banks' residuals share by their own sizes. One number
         of bases after the other, so that one set of bases is in memory.
         """
         from mctk_d2moe.auto import candidates
@@ -240,43 +246,41 @@ class Merge(Method):
             )
         best: tuple[float, Plan] | None = None
         for count in candidates(first.shape.members):
-            rest = size - count * sum(
-                bank.shape.parameters // bank.shape.members for bank in layer.values()
-            )
-            if rest < 0 and best is not None:
+            ranks = _ranks(layer, count, size, options)
+            if best is not None and min(ranks.values()) < options.min_rank:
                 break
             plan = self._arrange(layer, statistics, distances, count, options)
-            error = self._error(layer, statistics, plan, max(rest, 0), options)
+            error = self._error(layer, statistics, plan, ranks, options)
             if best is None or error < best[0]:
                 best = (error, plan)
         assert best is not None
         return best[1]
 
     def _error(
-        self, layer: Layer, statistics: Any, plan: Plan, rest: int, options: MergeOptions
+        self,
+        layer: Layer,
+        statistics: Any,
+        plan: Plan,
+        ranks: Mapping[str, int],
+        options: MergeOptions,
     ) -> float:
-        """Returns the expected error if the residuals together may store `rest` parameters."""
+        """Returns the expected error of residuals cut at the banks' ranks, as far as it is seen."""
         from mctk.statistics import SecondMoment
 
         from mctk_d2moe.align import reorder, reorder_moment
-        from mctk_d2moe.auto import rank_within, residual_error
+        from mctk_d2moe.auto import residual_error
 
-        whole = sum(bank.shape.parameters for bank in layer.values())
         total = 0.0
         for name, bank in layer.items():
-            shape, part = bank.shape, part_of(name)
-            if not _is_judged(name, shape):
+            if not _is_judged(name, bank.shape):
                 continue
-            share = rest * shape.parameters // whole
-            rank = rank_within(
-                shape.members, shape.out_features, shape.in_features, share, options.storage
-            )
+            part = part_of(name)
             weight = reorder(own_matrices(bank).weight, part, plan.order)
             moment = statistics[SecondMoment(name, "input")].value
             if part == "down":
                 moment = reorder_moment(moment, plan.order)
             bases = self._bases(bank, weight, statistics, plan, options)
-            total += residual_error(weight, bases, plan.slots, moment, rank)
+            total += residual_error(weight, bases, plan.slots, moment, ranks[name])
         return total
 
     def _frequency(self, statistics: Any, experts: int, options: MergeOptions) -> list[int]:
@@ -290,6 +294,25 @@ class Merge(Method):
 def seed_of(bank: Bank, seed: int) -> int:
     """Returns a seed of its own for each bank of each layer."""
     return zlib.crc32(f"{seed}/{bank.layer}/{bank.name}".encode())
+
+
+def _ranks(layer: Layer, count: int, size: int, options: MergeOptions) -> dict[str, int]:
+    """Returns the rank for each bank's residuals that `count` bases leave of the layer's size."""
+    from mctk_d2moe.auto import rank_within
+
+    shapes = {name: bank.shape for name, bank in layer.items()}
+    whole = sum(shape.parameters for shape in shapes.values())
+    rest = max(size - count * sum(s.parameters // s.members for s in shapes.values()), 0)
+    return {
+        name: rank_within(
+            shape.members,
+            shape.out_features,
+            shape.in_features,
+            rest * shape.parameters // whole,
+            options.storage,
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _is_judged(name: str, shape: BankShape) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,8 @@ from mctk.models import (
     read_banks,
     write_banks,
 )
-from mctk.runtime import TermExpertList, observe, swap
-from mctk.terms import Bank, BankShape, Dense, LowRank
+from mctk.runtime import TermExpertList, dynamic_pruning, observe, swap
+from mctk.terms import Bank, BankShape, Dense, DynamicDense, LowRank
 from torch import Tensor, nn
 
 E, H, I = 4, 8, 6  # noqa: E741 (the project's letters)
@@ -306,3 +307,66 @@ def test_specs_that_do_not_fit_are_refused():
         swap(layer(), router)
     with pytest.raises(CheckpointError, match="Swapped does not compute"):
         swap(other("computes"), specs)
+
+
+def pruned(source: Layer) -> dict[str, Bank]:
+    """One base, two of whose channels each forward skips, and the experts' differences from it."""
+    torch.manual_seed(2)
+    made = {}
+    for name, bank in read_banks(source, 0).items():
+        shape, weight = bank.shape, bank.terms[0].tensors()["weight"]
+        base, down = weight.mean(0)[None], name == "experts.down"
+        axis, energy = ("cols", torch.rand(1, I)) if down else ("rows", None)
+        dynamic = DynamicDense(shape, [0] * E, base, drop=2, axis=axis, energy=energy)
+        made[name] = Bank(name, 0, shape, [dynamic, Dense(shape, range(E), weight - base)])
+    return made
+
+
+class Fused(nn.Module):
+    """The same experts as transformers holds them."""
+
+    def __init__(self, source: Layer) -> None:
+        super().__init__()
+        self.is_transposed = self.has_bias = self.has_post_expert_norm = False
+        self.is_concatenated = self.has_gate = True
+        banks = read_banks(source, 0)
+        gate, up, down = (banks[name].terms[0].tensors()["weight"] for name in EXPERTS)
+        self.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1))
+        self.down_proj = nn.Parameter(down.clone())
+
+    def _apply_gate(self, wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+def test_dynamic_channels_are_those_of_fused_experts():
+    """The block calls expert by expert, in an order of its own, and the choice is one for all."""
+    source, x = layer(), torch.randn(13, H)
+    banks, plain = pruned(source), source(x)
+    other = nn.Module()
+    other.mlp = nn.Module()
+    other.mlp.experts = Fused(source)
+    index, weights = source.mlp.gate(x)
+    with torch.no_grad(), installed(other, banks, torch.float32):
+        expected = other.mlp.experts(x, index, weights)
+        channels = other.mlp.experts.active_channels
+    assert channels is not None and len(channels[0]) == I - 2
+    with torch.no_grad(), installed(source, banks, torch.float32):
+        for _ in range(2):  # nothing is left of the forward before
+            assert torch.allclose(source(x), expected, atol=1e-5)
+            found = source.mlp.experts.active_channels
+            assert torch.equal(found[0], channels[0])
+        seen = []
+        with observe(source.mlp.experts, lambda *given: seen.append(given)):
+            source(x)
+        sums = torch.zeros_like(x)
+        for _, token, _, _, _, y, weight in seen:
+            sums.index_add_(0, token, y * weight[:, None])
+        assert torch.allclose(sums, expected, atol=1e-5)
+        with dynamic_pruning(source, False):
+            assert torch.allclose(source(x), plain, atol=1e-5)
+            assert source.mlp.experts.active_channels is None
+        term = weakref.ref(source.mlp.experts)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert term() is None and torch.equal(source(x), plain)
+    assert not source.mlp._forward_hooks and not source.mlp._forward_pre_hooks

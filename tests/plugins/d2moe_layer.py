@@ -13,9 +13,24 @@ from mctk.statistics import (
     SecondMoment,
 )
 from mctk.terms import Bank, BankShape, Bias, Dense
+from mctk_d2moe import methods
 
 PARTS = ("gate", "up", "down")
 NAMES = tuple(f"experts.{part}" for part in PARTS)
+
+
+MERGES = {method.name: method for method in methods() if method.stage == "merge"}
+
+
+def run(name, layer, statistics, size=None, **options):
+    """What a merge makes of a layer."""
+    method = MERGES[name]
+    return method.merge(layer, statistics, size, method.Options(**options))
+
+
+def base_of(terms, member, name="experts.up"):
+    """A member's base ``[out, in]``."""
+    return terms[name][0].materialise(member)[0]
 
 
 def make_layer(experts=4, hidden=6, neurons=8, seed=0, bias=False, spread=None, parts=PARTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 
-PAGES = Path(__file__).resolve().parents[2] / "docs" / "methods"
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "docs" / "methods"
 REST = {
     "model": "some/model",
     "budget": {"remove": 0.4},
@@ -24,13 +26,53 @@ def text(name):
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_every_method_has_a_page_with_its_options():
-    for method in load_plugins().methods():
-        shared = PAGES / f"{method.stage}.md"
-        page = text(method.stage if shared.exists() else method.name)
-        assert method.name in page
-        for option in method.Options.model_fields:
-            assert f"`{option}`" in page, f"{method.stage}/{method.name}: {option}"
+def page_of(method, plugin):
+    """A page of its own, its stage's, or one for all methods of its plugin."""
+    found = [
+        name for name in (method.name, method.stage, plugin) if (PAGES / f"{name}.md").exists()
+    ]
+    assert found, f"{method.stage}/{method.name}: docs/methods/ has no page for it"
+    return found[0]
+
+
+def sections_about(page, method):
+    """The text below every heading that names the method, up to the next of the same level."""
+    found = []
+    parts = re.split(
+        r"^(#+) (.*)$", re.sub(r"^```.*?^```$", "", text(page), flags=re.M | re.S), flags=re.M
+    )
+    headings = list(zip(parts[1::3], parts[2::3], parts[3::3], strict=True))
+    name = rf"(?<![\w/-])(?:{method.stage}/)?{method.name}(?![\w-])"
+    for at, (level, heading, body) in enumerate(headings):
+        if re.search(name, heading):
+            found.append(body)
+            for below, _, more in headings[at + 1 :]:
+                if len(below) <= len(level):
+                    break
+                found.append(more)
+    return "\n".join(found)
+
+
+def test_the_plugins_here_are_those_that_the_project_declares():
+    """Or methods of one that the installation does not know would go unchecked."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "mctk"
+    ]
+    registry = load_plugins()
+    found = {info.name for info in registry.plugins() if info.distribution == "mctk"}
+    assert found == set(declared), "install the project again: pip install -e ."
+    assert {registry.plugin_of(method).name for method in registry.methods()} >= set(declared)
+
+
+@pytest.mark.parametrize("method", load_plugins().methods(), ids=lambda m: f"{m.stage}/{m.name}")
+def test_every_method_has_a_page_with_its_options(method):
+    page = page_of(method, load_plugins().plugin_of(method).name)
+    found = sections_about(page, method)
+    assert found, f"docs/methods/{page}.md has no heading with {method.stage}/{method.name}"
+    rows = re.findall(r"^\| (.*?) \|", found, flags=re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    missing = set(method.Options.model_fields) - documented
+    assert not missing, f"{method.stage}/{method.name}: no row in docs/methods/{page}.md"
 
 
 @pytest.mark.parametrize("page", sorted(path.stem for path in PAGES.glob("*.md")))

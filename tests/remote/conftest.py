@@ -1,4 +1,4 @@
-"""A look-alike of DeepSeek-MoE-16B on disk; the code that it carries stays in a directory of ours."""
+"""A look-alike of DeepSeek-MoE-16B on disk; its code is copied to a directory of ours."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ import copy
 import families
 import pytest
 import torch
+import torch.nn.functional as F
 from compression import by_hand, exact_terms, split
-from mctk.runtime import TermExperts, observe, products
+from mctk.runtime import TermExperts, observe, products, shared
 from mctk.runtime.rows import Pairs, Rows, shared_groups
 from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse, Term
 from test_runtime_experts import bare_experts, routing
@@ -175,33 +176,71 @@ def test_bfloat16(mixture, routed):
     assert_equal(got, plain(experts, *given), 0.02)
 
 
-def test_a_base_is_multiplied_once_per_token(monkeypatch):
+@pytest.fixture
+def products_of(monkeypatch):
+    """Counts the rows that are multiplied with matrices of a shape."""
+
+    def count(shape: tuple[int, int]) -> list[int]:
+        seen: list[int] = []
+        linear = F.linear
+
+        def counting(x, weight, *bias):
+            if tuple(weight.shape) == shape:
+                seen.append(len(x))
+            return linear(x, weight, *bias)
+
+        monkeypatch.setattr(F, "linear", counting)
+        return seen
+
+    return count
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24)])  # gate and up; down
+def test_a_base_is_multiplied_once_per_token(products_of, shape):
     module = original("mixtral")
     experts = compressed(module, random_terms(module, "base and deltas"))
-    seen = []
-    apply = Dense.apply
-    monkeypatch.setattr(Dense, "apply", lambda s, x, e: (seen.append(len(x)), apply(s, x, e))[1])
+    seen = products_of(shape)
     experts(*inputs(experts))
-    assert seen == [TOKENS] * 3
+    assert seen == [TOKENS] * (1 + (shape == (24, 32)))
+    each = sum(seen)
     seen.clear()
     plain(experts, *inputs(experts))
-    assert sum(seen) == 3 * 2 * TOKENS
+    assert sum(seen) == 2 * each  # k = 2
 
 
-def test_two_bases_serve_their_own_tokens(monkeypatch):
+@pytest.mark.parametrize("shape", [(12, 32), (16, 24)])
+def test_two_bases_serve_their_own_tokens(products_of, shape):
     module = original("mixtral")
     experts = compressed(module, random_terms(module, "two bases"))
     x, index, weights = inputs(experts)
-    seen = []
-    apply = Dense.apply
-    monkeypatch.setattr(
-        Dense, "apply", lambda s, x, e: (seen.append((e, len(x))), apply(s, x, e))[1]
-    )
+    seen = products_of(shape)
     experts(x, index, weights)
     # Member 0 has no base; members 1 and 3 share one, 2 has the other.
     odd = int(((index == 1) | (index == 3)).any(1).sum())
     even = int((index == 2).any(1).sum())
-    assert sorted(set(seen)) == [(1, odd), (2, even)]
+    assert 0 < even < odd < 2 * TOKENS - even
+    assert seen == [odd, even] * (1 + (shape == (12, 32)))
+
+
+def test_rows_are_cut_into_blocks():
+    choices = torch.tensor([[0, 3]] * 7 + [[2, 3]] * 2)
+    rows = Rows(choices, 5)  # 7 rows of expert 0, 2 of expert 2, 9 of expert 3
+    found = rows.blocks(4, 5)
+    assert [start for start, _ in found] == [0, 7, 13]
+    # The 7 are cut into 3 and 4, and 3 are too few; the 9 into 4 and 5, and 2 are too few.
+    cut = [[(s.expert, s.start, s.stop) for s in block.segments] for _, block in found]
+    assert cut == [[(0, 0, 7)], [(2, 0, 2), (3, 2, 6)], [(3, 0, 5)]]
+    assert torch.equal(torch.cat([block.places for _, block in found]), rows.places)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_blocks_change_nothing(monkeypatch, mixture):
+    module = original("gpt_oss")
+    experts = compressed(module, random_terms(module, mixture))
+    given = inputs(experts)
+    whole = experts(*given)
+    monkeypatch.setattr(shared, "_BLOCK", (3, 4))
+    assert_equal(experts(*given), whole, 1e-6)
 
 
 def test_modules_that_share_nothing_run_by_the_plain_loop():

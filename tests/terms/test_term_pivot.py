@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mctk.terms import BankShape, LowRank
+from mctk.terms import BankShape, Dense, LowRank
 from mctk.terms.pivot import pivot_rows
 from term_strategies import terms
 
@@ -15,8 +15,15 @@ def test_pivoting_changes_nothing_but_the_size(data):
     plain = data.draw(terms("plain"))
     pivoted = plain.pivot()
     fewer = min(plain.stored_u, plain.stored_v)
-    assert pivoted.storage == "pivoted"
     assert pivoted.parameters() == plain.parameters() - fewer * plain.rank**2
+    if isinstance(pivoted, Dense):
+        for member in range(plain.shape.members):
+            exact, same = plain.materialise(member)[0], pivoted.materialise(member)[0]
+            assert (exact is None) == (same is None)
+            if exact is not None:
+                torch.testing.assert_close(same, exact, rtol=1e-8, atol=1e-8)
+        return
+    assert pivoted.storage == "pivoted"
     assert pivoted.side == ("V" if plain.stored_v < plain.stored_u else "U")
     x = torch.randn(3, plain.shape.in_features, dtype=torch.float64)
     for member in range(plain.shape.members):
@@ -113,3 +120,19 @@ def test_pivots_need_not_be_sorted():
     expected = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 4.0], [1.0, 0.0]])
     assert torch.equal(term.materialise(0)[0], expected)
     assert torch.equal(term.apply(torch.eye(2), 0), expected.t())
+
+
+@pytest.mark.parametrize(("lefts", "rights", "out", "into"), [(3, 3, 5, 9), (3, 1, 9, 5)])
+def test_at_full_rank_a_dense_term_is_left(lefts, rights, out, into):
+    generator = torch.Generator().manual_seed(4)
+    rank = min(out, into)
+    U = torch.randn(lefts, out, rank, generator=generator)
+    V = torch.randn(rights, rank, into, generator=generator)
+    u_slots, v_slots = [0, 1, 2], [0, 1, 2] if rights == 3 else [0, 0, 0]
+    plain = LowRank(BankShape(3, out, into), u_slots, v_slots, U=U, V=V)
+    whole = plain.pivot()
+    assert isinstance(whole, Dense)
+    assert all(tensor.numel() for tensor in whole.tensors().values())
+    for member in range(3):
+        product = plain.materialise(member)[0]
+        assert torch.allclose(whole.materialise(member)[0], product, atol=1e-4)

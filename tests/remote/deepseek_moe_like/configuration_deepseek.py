@@ -5,7 +5,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 class DeepseekConfig(PretrainedConfig):
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as remote code has it)
 
     def __init__(
         self,

@@ -263,9 +263,7 @@ class DeepseekAttention(nn.Module):
         cos, sin = self.rotary_emb(value, seq_len=length)
         query, key = rotate(query, cos, sin, position_ids), rotate(key, cos, sin, position_ids)
         if past_key_value is not None:
-            key, value = past_key_value.update(
-                key, value, self.layer_idx, {"sin": sin, "cos": cos}
-            )
+            key, value = past_key_value.update(key, value, self.layer_idx, {"sin": sin, "cos": cos})
         key = key.repeat_interleave(self.groups, dim=1)
         value = value.repeat_interleave(self.groups, dim=1)
         output, weights = self.attend(query, key, value, attention_mask)
@@ -283,9 +281,7 @@ class DeepseekAttention(nn.Module):
 class DeepseekSdpaAttention(DeepseekAttention):
     def attend(self, query, key, value, mask):
         causal = self.is_causal and mask is None and query.shape[-2] > 1
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal
-        )
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return output, None
 
 
@@ -304,9 +300,7 @@ class DeepseekDecoderLayer(nn.Module):
         )
         self.mlp = DeepseekMoE(config) if sparse else DeepseekMLP(config)
         self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = DeepseekRMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps
-        )
+        self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -342,7 +336,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     config_class = DeepseekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekDecoderLayer"]
+    _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012 (as remote code has it)
     _skip_keys_device_placement = "past_key_values"
     _supports_flash_attn_2 = True
     _supports_sdpa = True
@@ -433,7 +427,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel):
-    _tied_weights_keys = ["lm_head.weight"]
+    _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)

@@ -110,8 +110,9 @@ def _show(plan: dict[str, Any]) -> None:
         texts = [f"{name} ({n or 'all'} windows)" for name, n in evaluation["windows"].items()]
         click.echo("evaluation: " + ", ".join([*texts, *evaluation["tasks"]]))
     click.echo(
-        f"forward sweeps: {plan['sweeps']}; the weights are read {plan['weight_reads']} times, one "
-        "layer in memory at a time\n"
+        f"sweeps: {plan['sweeps']} forward"
+        + (f" and {plan['backward_sweeps']} backward" if plan["backward_sweeps"] else "")
+        + f"; the weights are read {plan['weight_reads']} times, one layer in memory at a time\n"
         f"peak memory: about {size(resources['peak_memory'])} beside the libraries; disk: at most "
         f"{size(resources['disk_output'])} for the output, {size(resources['disk_statistics'])} "
         f"for statistics, {size(resources['disk_temporary'])} temporary"

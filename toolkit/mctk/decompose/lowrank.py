@@ -128,7 +128,7 @@ def _meta_low_rank(
     """A low-rank term without data; pivoted, the identity is in the factor with fewer slots."""
     import torch
 
-    from mctk.terms import LowRank
+    from mctk.terms import Dense, LowRank
 
     def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*sizes, dtype=dtype, device="meta")
@@ -139,6 +139,11 @@ def _meta_low_rank(
     left, right = meta(lefts, out, rank), meta(rights, rank, columns)
     if storage == "plain":
         return LowRank(shape, u_slots, v_slots, U=left, V=right)
+    # At full rank pivoting leaves a dense matrix.
+    if lefts <= rights and rank == out:
+        return Dense(shape, v_slots, right)
+    if lefts > rights and rank == columns:
+        return Dense(shape, u_slots, left)
     if lefts <= rights:
         pivots = meta(lefts, rank, dtype=torch.int32)
         return LowRank(
@@ -242,15 +247,14 @@ def replace(
             f"{bank.name} of layer {bank.layer}: rank {size} is not between 1 and {full}"
         )
     factors = [part.factors(size, balance=options.balance) for part in name_errors(bank, parts)]
-    term = LowRank(
+    product = LowRank(
         bank.shape,
         dense.slots,
         dense.slots,
         U=torch.stack([u for u, _ in factors]),
         V=torch.stack([v for _, v in factors]),
     )
-    if options.storage == "pivoted":
-        term = term.pivot()
+    term: Term = product.pivot() if options.storage == "pivoted" else product
     if term.parameters() > dense.parameters():
         log.warning(
             "%s of layer %d: rank %d stores more than the matrices that it replaces (%d, not %d)",

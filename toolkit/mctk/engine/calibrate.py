@@ -89,6 +89,8 @@ def calibrate(
     context = repr(sorted(cache.context.items()))
     if not tag.exists() or tag.read_text() != context:
         (state / "hidden.safetensors").unlink(missing_ok=True)
+        for gradients in state.glob("gradients-*.safetensors"):
+            gradients.unlink()
         if boundaries is not None:
             boundaries.clear()
         write_text(tag, context)

@@ -8,6 +8,7 @@ what those steps left, the original's hidden states entering every layer as befo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from functools import partial
@@ -207,6 +208,7 @@ def backward(
         sweeps += 1
         stop = min(layer for _, wanted in asking for layer in wanted)
         count = len(model.layers)
+        kept = state / f"gradients-{labels}.safetensors"
         sweep = BackwardSweep(
             model,
             ids,
@@ -214,7 +216,7 @@ def backward(
             boundaries,
             labels=labels,
             seed=asking[0][0].plan.recipe.seed,
-            state=state / f"gradients-{labels}.safetensors",
+            state=kept,
         )
 
         def visit(layer: BackwardVisit, asking: list[Any] = asking) -> None:
@@ -222,10 +224,14 @@ def backward(
             reporter.step(f"layer {layer.index}")
 
         start = sweep.saved_layer()
+        if start is not None and any(layer >= start for _, wanted in asking for layer in wanted):
+            # Saved gradients have passed a layer that is wanted: its result has gone since.
+            kept.unlink()
+            start = None
         with reporter.phase("gradients", (count if start is None else start) - stop):
             losses = sweep.run(visit, stop)
         reporter.say(f"loss on the calibration text: {sum(losses) / len(losses):.4f} per token")
-        (state / f"gradients-{labels}.safetensors").unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     return sweeps
 
 
@@ -319,10 +325,11 @@ def measure_current(
     sweep = ForwardSweep(model, ids, batch)
 
     def visit(layer: LayerVisit) -> list[torch.Tensor]:
+        outputs: list[torch.Tensor] = []
         for preparation, needs in asked.get(layer.index, {}).values():
-            _measure_layer(model, layer, preparation, needs)
-        outputs = []
-        for b in range(len(layer.inputs)):
+            found = _measure_layer(model, layer, preparation, needs)
+            outputs = outputs or found
+        for b in range(len(layer.inputs) if not outputs else 0):
             outputs.append(layer.run(b).cpu())
             layer.inputs[b] = outputs[-1][:0]  # used: free it
         reporter.step(f"layer {layer.index}")
@@ -335,20 +342,30 @@ def measure_current(
 
 def _measure_layer(
     model: StreamedModel, layer: LayerVisit, preparation: Preparation, needs: list[Need]
-) -> None:
-    """One prepared layer's statistics, into the cache."""
-    index = layer.index
+) -> list[torch.Tensor]:
+    """One prepared layer's statistics, into the cache.
+
+    Where every neuron is in its place, what enters the matrices is what enters the original's: then
+    the original layer runs, and its outputs are returned. Otherwise the prepared one runs, and
+    nothing is.
+    """
+    index, store = layer.index, preparation.store
     prepared = preparation.banks(index, read_banks(layer.module, index))
-    assert prepared is not None
+    assert store is not None and prepared is not None
     banks, rewritten = prepared
     sites = preparation.plan.sites[index]
+    in_place = store.in_place(index)
     modules = {sites[name].module for name in rewritten}
     whole = {name: banks[name] for name, site in sites.items() if site.module in modules}
-    with installed(layer.module, whole, model.dtype):
+    outputs = []
+    with contextlib.ExitStack() as stack:
+        if not in_place:
+            stack.enter_context(installed(layer.module, whole, model.dtype))
         collector = LayerCollector(layer.module, index, sites, banks, needs, model.device)
-        with collector.listening():
-            for b in range(len(layer.inputs)):
-                layer.run(b)
+        stack.enter_context(collector.listening())
+        for b in range(len(layer.inputs)):
+            outputs.append(layer.run(b).cpu())
         result = collector.result()
     for need in needs:
         preparation.cache_of(need, index).put(need, index, result[need])
+    return outputs if in_place else []

@@ -133,6 +133,12 @@ class PreparedStore:
             now[name] = Bank(name, layer, bank.shape, whole)
         return now, set(described)
 
+    def in_place(self, layer: int) -> bool:
+        """Whether each expert's neurons are where they were: every bank holds a residual."""
+        with safe_open(str(self.path(layer)), framework="pt") as file:
+            described = json.loads(file.metadata()["banks"])
+        return all(any(e["residual"] for e in entries) for entries in described.values())
+
     def meta(self, layer: int) -> dict[str, list[Term]]:
         """The rewritten banks' terms without their data."""
         with safe_open(str(self.path(layer)), framework="pt") as file:

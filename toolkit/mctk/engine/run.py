@@ -13,6 +13,7 @@ from ..data import TokenWindows, calibration_windows
 from ..errors import UserError
 from ..evaluate.suite import load_tokenizer, resolve_device
 from ..files import write_json, write_text
+from ..models import has_expert_list
 from ..plan import Plan, count_model, make_plan
 from ..runtime import meta_tensors
 from ..statistics import Need, StatisticsCache, cache_directory
@@ -185,6 +186,10 @@ def _collect(
     model, calibration = plan.model, plan.recipe.calibration
     assert calibration is not None
     batch = calibration.batch
+    if has_expert_list(model.model) and any(
+        need.gradient for r in runs for needs in r.plan.needs.values() for need in needs
+    ):
+        batch = 1  # rows of experts in a list do not say which sequence they are of
     cache = StatisticsCache(directory, cache_context(model, fingerprint, windows.digest, batch))
     preparations = [Preparation.of(r.plan, cache) for r in runs]
     for r, preparation in zip(runs, preparations, strict=True):

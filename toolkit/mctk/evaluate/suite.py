@@ -250,6 +250,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: b
     from transformers.utils import logging
 
     from ..checkpoint import Source
+    from ..runtime import restore_buffers
     from ..sweep import StreamedModel
 
     # transformers fills what a checkpoint lacks with random numbers; the headers tell before.
@@ -264,6 +265,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: b
     finally:
         if shown:
             logging.enable_progress_bar()
+    restore_buffers(model)  # transformers leaves those of remote code uninitialised
     return model.eval()
 
 

@@ -3,8 +3,8 @@
 Nearly every Mixture-of-Experts family of transformers shares one experts module, whose flags
 (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`) say how its fused tensors are laid out.
 We trust the flags and refuse what has none; there is no table of class names. Everything else that
-multiplies by a matrix is an `nn.Linear` and a bank of one. Remote code of older days holds experts as
-a list of equal MLPs; their matrices are named, and what they compute is tried out.
+multiplies by a matrix is an `nn.Linear` and a bank of one. Remote code of older days holds experts
+as a list of equal MLPs; their matrices are known by name, and what they compute is tried out.
 
 Bank names: `experts.gate|up|down`; for linears the module's path without its MoE block and without
 `_proj`: `attention.q`, `mlp.down`, `shared_expert.gate` ... Routers are never banks.
@@ -92,7 +92,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is transformers' shared experts module, or its or a list's compressed form."""
+    """Whether a module is transformers' shared experts module, or experts in compressed form."""
     if isinstance(module, TermExperts | TermExpertList):
         return True
     return all(hasattr(module, f) for f in EXPERT_FLAGS)

@@ -81,6 +81,7 @@ def build(
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     from ..runtime import register, swap_from_config
 
@@ -95,7 +96,8 @@ def build(
             if getattr(part, record, None):
                 setattr(part, record, False)
     try:
-        with init_empty_weights(include_buffers=False), _empty_on_meta():
+        # Thousands of small experts take half a minute to be given random numbers of no use.
+        with init_empty_weights(include_buffers=False), _empty_on_meta(), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
@@ -104,6 +106,7 @@ def build(
             f"transformers cannot build a causal language model of type "
             f"{config.model_type!r}: {type(error).__name__}: {brief(error)}"
         ) from error
+    model.tie_weights()  # part of what was left out
     if has_experts_interface(model):
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     if quantization is not None:

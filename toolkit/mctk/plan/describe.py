@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..evaluate.harness import check_tasks
 from ..statistics import Need, size_of
 from ..terms import DENSE
+from .layout import DataDecide, lay_out_layer
 from .plan import TOLERANCE, Plan, Size
 
 
@@ -32,6 +33,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         gone = plan.scope - plan.allowed
         most = plan.original.as_dict()[unit] - gone
         bound = {"unit": unit, "most": most, "least": most - int(TOLERANCE * plan.scope)}
+    needs = [need for layer in plan.needs.values() for need in layer]
+    current = any(getattr(need, "of", "original") == "current" for need in needs)
+    sweeps, backward = bool(needs) + current, int(any(need.gradient for need in needs))
     return {
         "model": {
             "path": str(plan.source.path),
@@ -52,8 +56,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "speed": _speed(plan, sizes),
         "layers": _layers(plan, sizes),
         "statistics": _statistics(plan),
-        "sweeps": 1 if plan.needs else 0,
-        "weight_reads": 1 + bool(plan.needs) + plan.needs_curves + recipe.gate,
+        "sweeps": sweeps,
+        "backward_sweeps": backward,
+        "weight_reads": 1 + sweeps + backward + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
@@ -149,9 +154,10 @@ def _statistics(plan: Plan) -> list[dict[str, Any]]:
             name = _need_name(need)
             row = found.setdefault(name, {"need": name, "layers": 0, "bytes": 0})
             row["layers"] += 1
-            row["bytes"] += size_of(
-                need, plan.sites[layer], hidden, plan.model.dtype.itemsize, length
-            )
+            if not need.transient:  # that is never on disk
+                row["bytes"] += size_of(
+                    need, plan.sites[layer], hidden, plan.model.dtype.itemsize, length
+                )
     return list(found.values())
 
 
@@ -244,27 +250,55 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     def loaded(names: list[str]) -> int:
         return sum(plan.source.tensors[name].numel for name in names) * itemsize
 
-    hidden = 0
-    by_layer: list[int] = [0]
+    hidden = temporary = 0
+    in_layer: list[int] = [0]
+    kept = 0
     if recipe.calibration is not None:
         width = model.config.get_text_config().hidden_size
         length = recipe.calibration.length
         hidden = recipe.calibration.sequences * length * width * itemsize
-        by_layer += [
-            sum(size_of(need, plan.sites[layer], width, itemsize, length) for need in needs)
-            for layer, needs in plan.needs.items()
-        ]
+        temporary = hidden
+        for layer, needs in plan.needs.items():
+            sizes = {n: size_of(n, plan.sites[layer], width, itemsize, length) for n in needs}
+            in_layer.append(sum(sizes.values()))
+            kept += sum(size for need, size in sizes.items() if not need.transient)
+        if any(need.gradient for needs in plan.needs.values() for need in needs):
+            # What enters every layer (fewer with keep_every), the last one's output, and gradients.
+            every = recipe.calibration.keep_every or 1
+            temporary += hidden * (-(-len(model.layers) // every) + every + 1)
+    kept += _prepared_bytes(plan)
     shapes = [site.shape for sites in plan.sites for site in sites.values()]
     side = max((min(s.out_features, s.in_features) for s in shapes), default=0)
     layer_bytes = max(loaded(names) for names in model.layer_tensors)
     workspace = 4 * 8 * side**2
-    peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + max(by_layer) + workspace
+    if plan.prepared:
+        layer_bytes += max(  # base and residuals, in float32
+            4 * sum(sites[name].shape.parameters for name in plan.targets[0].get(layer, []))
+            for layer, sites in enumerate(plan.sites)
+        )
+    peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + max(in_layer) + workspace
     return {
         "peak_memory": peak,
         "disk_output": predicted.bytes if predicted else _most_bytes(plan),
-        "disk_statistics": sum(by_layer),
-        "disk_temporary": hidden,
+        "disk_statistics": kept,
+        "disk_temporary": temporary,
     }
+
+
+def _prepared_bytes(plan: Plan) -> int:
+    """What prepared steps keep on disk: in float32, all terms but residuals; 0 if data decide."""
+    if not plan.prepared:
+        return 0
+    total = 0
+    try:
+        for layer, sites in enumerate(plan.sites):
+            changed = lay_out_layer(plan, plan.sizes(), plan.prepared, layer)
+            for name, terms in changed.get(layer, {}).items():
+                each = tuple(range(sites[name].shape.members))
+                total += 4 * sum(t.parameters() for t in terms if t.slots != each)
+    except DataDecide:
+        return 0
+    return total
 
 
 def _most_bytes(plan: Plan) -> int:

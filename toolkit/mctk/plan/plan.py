@@ -336,6 +336,7 @@ def make_plan(
     original = count_model(model, {})
     plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original)
     find_needs(plan)
+    _check_gradients(plan)
     _check_fused(plan)
     set_budget(plan)
     _warn(plan)
@@ -351,6 +352,22 @@ def _check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> No
                 f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
                 f"per token, and layer {layer} has {experts}"
             )
+
+
+def _check_gradients(plan: Plan) -> None:
+    """Gradients underflow in float16, and of data and model labels one kind a step is taken."""
+    gradients = [n for needs in plan.needs.values() for n in needs if n.gradient]
+    if gradients and plan.model.dtype == torch.float16:
+        raise plan.recipe.error(
+            ("dtype",),
+            f"{type(gradients[0]).__name__} needs gradients, which underflow in float16; write "
+            "bfloat16 or float32",
+        )
+    labels = {getattr(need, "labels", None) for need in gradients if need.transient}
+    if len(labels) > 1:
+        raise plan.recipe.error(
+            ("steps",), "steps of one recipe ask for gradients with different labels; not supported"
+        )
 
 
 def _check_fused(plan: Plan) -> None:

@@ -292,9 +292,10 @@ class Recipe(_Model):
     def canonical(self) -> dict[str, Any]:
         """Returns what decides the checkpoint's content, as JSON data, for hashing.
 
-        Left out: output, device, gate, evaluate, the calibration's batch and keep_every (where and how
-        a run computes, not what), and the text of files (its digest belongs to the token windows). Paths
-        are as written, so that a project may be moved. Methods appear with their versions.
+        Left out: output, device, gate, evaluate, the calibration's batch and keep_every (where and
+        how a run computes, not what), and the text of files (its digest belongs to the token
+        windows). Paths are as written, so that a project may be moved. Methods appear with their
+        versions.
         """
         data = self.model_dump(
             mode="json",

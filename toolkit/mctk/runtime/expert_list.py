@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UserError
-from ..terms import BankShape
+from ..terms import Bank, BankShape, DynamicDense, Term
+from .dynamic import ColumnNorms, Skips, active_channels, is_enabled
 from .experts import Observer
 from .experts import observe as observe_module
 from .gradients import GradientObserver
 from .gradients import observe_gradients as observe_module_gradients
 from .owner import TermModule
+from .shared import Forward, SharedPath
 
 NAMES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 """What the linear layers of an expert are called; the second names are Mixtral's."""
@@ -29,6 +31,7 @@ ACTIVATION = "act_fn"
 _OBSERVER = "_mctk_list_observer"
 # A list does not know the block that holds it; whoever finds both says so (`join`).
 _BLOCKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, _Routing] = weakref.WeakKeyDictionary()
 
 
 def linears(expert: nn.Module) -> dict[str, nn.Linear] | None:
@@ -68,7 +71,7 @@ def list_layout(module: nn.ModuleList) -> tuple[dict[str, BankShape], bool]:
     if layers is None:
         raise ValueError(f"{type(first).__name__} has no linear layers named as {NAMES}")
     known = {*layers.values()}
-    activation = getattr(first, ACTIVATION, None)
+    activation: Any = getattr(first, ACTIVATION, None)
     for name, child in first.named_children():
         if child not in known and (
             child is not activation or any(True for _ in child.parameters())
@@ -130,6 +133,14 @@ def join(block: nn.Module, module: nn.Module) -> None:
     _BLOCKS[module] = weakref.ref(block)
 
 
+def follow(block: nn.Module, module: nn.Module) -> None:
+    """Says which block a list belongs to; dynamic terms will hear of that block's routing."""
+    join(block, module)
+    if isinstance(module, TermExpertList) and module.dynamic is not None:
+        routing = _FOLLOWED[module] = _Routing(module)
+        routing.listen(contextlib.ExitStack())
+
+
 def observed_forward(module: nn.Module) -> nn.Module:
     """The module in whose forward all experts of a token run: of a list, the block around it."""
     if not is_expert_list(module):
@@ -147,9 +158,15 @@ class TermExpertList(TermModule):
     callables that run one expert by a call of this module, so that hooks on it (accelerate's, which
     bring offloaded tensors back) do their work. An expert that no term of down serves gives zeros.
 
+    Base and deltas are computed for each call, as the block calls experts one by one. Dynamic terms
+    skip the same channels as in `TermExperts`, chosen once in a forward of the block.
+
     Args:
         original: The list that it replaces, on any device; it may be a `TermExpertList`.
         specs: "gate", "up", "down" → the specs of the terms.
+
+    Attributes:
+        active_channels: As in `TermExperts`.
 
     Raises:
         CheckpointError: The specs do not fit the original, or that is no list of gated MLPs.
@@ -171,21 +188,93 @@ class TermExpertList(TermModule):
         else:
             raise CheckpointError(f"{type(original).__name__} is not a list of experts")
         super().__init__(shapes, specs, dtype)
-        self.act_fn = activation
+        self.act_fn: Any = activation
+        self._path = SharedPath(self._templates, norm=False)
+        self._norms = ColumnNorms()
+        self._mctk_dynamic = True
+        self.active_channels: dict[int, Tensor] | None = None
         if original in _BLOCKS:
             _BLOCKS[self] = _BLOCKS[original]
 
+    @property
+    def dynamic(self) -> int | None:
+        """The place in down of the term that decides what is skipped, None without any."""
+        return self._path.dynamic
+
+    def set_terms(self, part: str, terms: Sequence[Term]) -> None:
+        """See `TermModule.set_terms`."""
+        super().set_terms(part, terms)
+        self._norms.clear()
+
     def forward(self, x: Tensor, number: int) -> Tensor:
         """Runs one expert: ``x [..., H]`` to ``[..., H]``."""
-        gate, up, down = (self.bank(part) for part in NAMES)
-        dtype = next((t.dtype for bank in (gate, up, down) for t in bank.terms), x.dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        h = self.act_fn(gate.apply(rows, number)) * up.apply(rows, number)
-        y = down.apply(h, number)
+        banks = {part: self.bank(part) for part in NAMES}
+        dtype = next((t.dtype for bank in banks.values() for t in bank.terms), x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        skips: Skips | None = None
+        probe = order = None
+        if self.dynamic is not None and is_enabled(self):
+            skips, probe, order = self._skips(banks, dtype, number, rows)
+        else:
+            self.active_channels = None
+
+        def apply(part: str, rows: Tensor) -> Tensor:
+            if skips is None:
+                return banks[part].apply(rows, number)
+            return skips.apply(banks[part], rows, number, None if part == "down" else probe)
+
+        entering = (rows if order is None else rows[order]).to(dtype)
+        h = self.act_fn(apply("gate", entering)) * apply("up", entering)
+        y = apply("down", h)
+        if order is not None:  # back to the block's own order
+            place = torch.empty_like(order)
+            place[order] = torch.arange(order.numel(), device=order.device)
+            h, y = h[place], y[place]
         observer = getattr(self, _OBSERVER, None)
         if observer is not None:
             observer(number, x, h, y)
         return y.reshape(x.shape)
+
+    def _skips(
+        self, banks: Mapping[str, Bank], dtype: torch.dtype, number: int, x: Tensor
+    ) -> tuple[Skips, Tensor, Tensor | None]:
+        """What is skipped in this forward of the block, made up at its first call of an expert.
+
+        Returns:
+            It, which of the expert's rows belong to the probe, in ascending order of tokens, and
+            the order of x's rows that fits (None if they are in order).
+        """
+        routing = _FOLLOWED.get(self)
+        if routing is None:
+            raise ValueError("dynamic terms in a list of experts whose block nobody named")
+        *_, order = routing.rows_of(number, x)
+        if routing.choice is None:
+            assert routing.hidden is not None and routing.index is not None
+            assert routing.weights is not None and self.dynamic is not None
+            once = Forward(
+                self._path,
+                banks,
+                routing.hidden.to(dtype),
+                routing.index,
+                routing.weights,
+                len(self),
+                activate=self._activate,
+                norm=None,
+                norms=self._norms,
+                skipping=True,
+            )
+            skips = once.choose()
+            term = banks["down"].terms[self.dynamic]
+            assert skips is not None and isinstance(term, DynamicDense)
+            routing.choice = skips, skips.by_expert(once.rows)
+            self.active_channels = active_channels(term, skips.dropped)
+        skips, probes = routing.choice
+        return skips, probes[number], order
+
+    def _activate(self, wide: Tensor) -> Tensor:
+        """The inputs of down, [n, I], from gate and up, [n, 2I]."""
+        gate, up = wide.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def __len__(self) -> int:
         return self.shapes["down"].members
@@ -278,28 +367,37 @@ class _Routing:
         chosen: Is told the number of tokens and of (token, expert) pairs of each forward.
     """
 
-    def __init__(
-        self, module: nn.Module, chosen: Callable[[int, int], None] | None = None
-    ) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, chosen: Callable[[int, int], None] | None = None) -> None:
+        # Held weakly: the hooks of a list that was replaced must not keep its terms alive.
+        self._module = weakref.ref(module)
+        self._block = weakref.ref(observed_forward(module))
         self.chosen = chosen
-        self.block = observed_forward(module)
+        self.choice: tuple[Skips, dict[int, Tensor]] | None = None
         self.hidden: Tensor | None = None
         self.index: Tensor | None = None
         self.weights: Tensor | None = None
 
     def listen(self, stack: contextlib.ExitStack) -> None:
-        """Hooks the block and its children; undone with the stack."""
-        handle = self.block.register_forward_pre_hook(self._begin, with_kwargs=True)
-        stack.callback(handle.remove)
-        for child in self.block.children():
-            if child is not self.module:
+        """Hooks the block and its children; undone with the stack, or once the list is replaced."""
+        module, block = self._module(), self._block()
+        assert block is not None
+
+        def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._forget()
+            if all(child is not self._module() for child in block.children()):
+                stack.close()
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.hidden = hidden.reshape(-1, hidden.shape[-1])
+
+        stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(block.register_forward_hook(self._forget).remove)
+        for child in block.children():
+            if child is not module:
                 stack.callback(child.register_forward_hook(self._see).remove)
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        self.index = self.weights = None
+    def _forget(self, *_: Any) -> None:
+        self.hidden = self.index = self.weights = self.choice = None
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, tuple | list) or len(output) < 2:
@@ -324,7 +422,7 @@ class _Routing:
             Tokens, slots and routing weights, ``[n]`` each, and the order of x's rows that fits
             them (None if it is as it should be).
         """
-        name = type(self.block).__name__
+        name = type(self._block()).__name__
         if self.hidden is None or self.index is None or self.weights is None:
             raise UserError(
                 f"{name}: its router does not hand out the chosen experts and their weights "
@@ -361,9 +459,7 @@ def _keys(rows: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def observe_forwards(
-    module: nn.Module, begin: Callable[[int, int], None]
-) -> Iterator[None]:
+def observe_forwards(module: nn.Module, begin: Callable[[int, int], None]) -> Iterator[None]:
     """Tells of each forward of an experts module or a list of experts before its experts run.
 
     Args:

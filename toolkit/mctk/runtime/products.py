@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..terms import LowRank, Term
+from ..terms import Dense, LowRank, Term
+from ..terms.indices import of_slot, take_columns
 from .rows import Rows, Segment
 
 # On a CPU the loop over experts is as fast (measured with 8 and 64 experts), takes every rank and
@@ -25,6 +26,20 @@ def on_segments(
         return function(x, segments[0].expert)
     parts = [function(x[s.start : s.stop], s.expert) for s in segments]
     return torch.cat(parts) if parts else x.new_zeros(0, width)
+
+
+def add_shared(out: Tensor, term: Term, x: Tensor, member: int, first: bool) -> None:
+    """Adds a term's outputs for ``x [n, in]`` to ``out [n, out]``; `first`: that is zero still."""
+    slot = term.slots[member]
+    if not first or type(term) is not Dense or slot is None:
+        out.add_(term.apply(x, member))
+        return
+    # Without the way over a matrix with all rows.
+    part = F.linear(take_columns(x, term.cols, slot), term.weight[slot])
+    if term.rows is None:
+        out.copy_(part)
+    else:
+        out.scatter_(1, of_slot(term.rows, slot).expand(part.shape), part)
 
 
 def inner_by_rows(term: LowRank, x: Tensor, rows: Rows) -> Tensor:

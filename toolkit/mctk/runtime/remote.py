@@ -1,9 +1,9 @@
 """Code that a checkpoint carries, written for transformers of 2024: what it needs to load and run.
 
 Nothing here acts unless the user trusts the code (`trust_remote_code`): transformers loads no
-remote code otherwise. And nothing acts on code that loads by itself: first it is tried as it is, and
-only if it imports a name that transformers has dropped, it is tried once more (by `mctk.hook`) with
-the names below in place. They are in place while that file is imported and are taken away again; what stays are the
+remote code otherwise. And nothing acts on code that loads by itself: it is tried as it is, and only
+if it imports a name that transformers has dropped, once more (by `mctk.hook`) with the names below
+in place. They are in place while that file is imported and are taken away again; what stays are the
 remote file's own references to them, and what `mend` changes in its own classes.
 """
 
@@ -212,8 +212,8 @@ def restore_buffers(model: PreTrainedModel) -> None:
     """Computes the buffers of remote code that no checkpoint holds (rotary frequencies) again.
 
     `from_pretrained` builds models without memory and then asks each module to initialise such
-    buffers by a method that code of 2024 does not have: they hold whatever the memory held. Here the
-    model is built once more, with real buffers and no weights, and they are copied over.
+    buffers by a method that code of 2024 does not have: they hold whatever the memory held. Here
+    the model is built once more, with real buffers and no weights, and they are copied over.
 
     Args:
         model: A loaded model; models of transformers' own code are left alone.
@@ -221,12 +221,13 @@ def restore_buffers(model: PreTrainedModel) -> None:
     if not model.is_remote_code():
         return
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     before = torch.get_default_dtype()
     if model.dtype.is_floating_point:
         torch.set_default_dtype(model.dtype)  # as when it was built
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             fresh = type(model)(model.config)
     finally:
         torch.set_default_dtype(before)

@@ -7,10 +7,12 @@ computed, on the accelerator too: nothing is added through atomics.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Groups = tuple[int | None, ...]
@@ -75,6 +77,31 @@ class Rows:
             counts[segment.expert] = int(mask[segment.start : segment.stop].sum())
         picked._fill(self.places[mask], counts)
         return picked
+
+    def blocks(self, least: int, most: int) -> list[tuple[int, Rows]]:
+        """Cuts the rows into consecutive blocks; where each begins, and its rows.
+
+        Args:
+            least: Experts are put together until a block has so many rows.
+            most: An expert with more rows than this is cut, into equal parts.
+        """
+        pieces: list[tuple[int, int, int]] = []
+        for s in self.segments:
+            parts = -(-(s.stop - s.start) // most)
+            cuts = [s.start + i * (s.stop - s.start) // parts for i in range(parts + 1)]
+            pieces += [(s.expert, a, b) for a, b in itertools.pairwise(cuts)]
+        found: list[tuple[int, Rows]] = []
+        counts = [0] * len(self.counts)
+        begin = 0
+        for number, (expert, start, stop) in enumerate(pieces):
+            counts[expert] += stop - start
+            if stop - begin >= least or number == len(pieces) - 1:
+                block = self.__class__.__new__(self.__class__)
+                block.choices = self.choices
+                block._fill(self.places[begin:stop], counts)
+                found.append((begin, block))
+                begin, counts = stop, [0] * len(counts)
+        return found
 
     def inverse(self) -> Tensor:
         """Returns of each choice its row, ``[T, k]``; only for all rows, not for a subset."""
@@ -159,6 +186,10 @@ class Pairs:
             ``[P, w]``, in the wider type of the two.
         """
         dtype = torch.promote_types(values.dtype, weights.dtype)
+        if self.whole and values.dtype == weights.dtype:
+            return F.embedding_bag(
+                self._inverse, values, per_sample_weights=weights.contiguous(), mode="sum"
+            )
         weights = weights.to(dtype)
         if self.whole:
             first, *others = range(weights.shape[1])
@@ -172,7 +203,7 @@ class Pairs:
             chosen = self._rank == rank
             # Every pair occurs at most once here: no two rows are added to one place.
             part = values.index_select(0, self._inverse[chosen]) * weights[chosen][:, None]
-            total = total.index_add(0, self.of_choice[chosen], part)
+            total.index_add_(0, self.of_choice[chosen], part)
         return total
 
     def to_tokens(self, values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import CheckpointError
-from .expert_list import TermExpertList
+from .expert_list import TermExpertList, follow
 from .experts import TermExperts
 from .linear import TermLinear
 from .owner import TermModule
@@ -37,6 +37,8 @@ def swap(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
             raise CheckpointError(f"module {path}: {error}") from error
         replacement.train(original.training)
         model.set_submodule(own_path, replacement)
+        if isinstance(replacement, TermExpertList):
+            follow(model.get_submodule(own_path.rpartition(".")[0]), replacement)
 
 
 def swap_from_config(model: nn.Module, config: MctkConfig | Mapping[str, Any]) -> None:

@@ -64,10 +64,11 @@ class BackwardSweep:
             model neither. The token ids if not given.
         seed: Of the labels that are drawn.
         state: File that keeps gradients and losses after each layer, so that a killed sweep goes
-            on; None to keep nothing.
+            on; None to keep nothing. It knows its tokens, labels and dtype, and not its model.
 
     Raises:
         UserError: The model computes in float16, or a sequence has nothing to predict.
+        ValueError: The batch is not 1 and must be.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class BackwardSweep:
         self.targets = list(targets.split(batch))
         generator = torch.Generator().manual_seed(seed)
         self.chances = list(torch.rand(targets.shape, generator=generator).split(batch))
-        settings = json.dumps([batch, labels, seed if labels == "model" else 0, list(ids.shape)])
+        drawn = seed if labels == "model" else 0
+        settings = json.dumps([str(model.dtype), batch, labels, drawn, list(ids.shape)])
         digest = hashlib.sha256(settings.encode())
         for tensor in (ids, targets):
             digest.update(tensor.to(torch.int64).cpu().contiguous().numpy().tobytes())

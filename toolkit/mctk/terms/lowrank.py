@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mctk.terms.dense import Dense
 from mctk.terms.indices import (
     SlotMap,
     check_float,
@@ -262,11 +263,12 @@ class LowRank(Term):
             part = torch.cat([z, part], dim=1).index_select(1, self._positions()[0][u])
         return place_rows(part, self.rows, u, self.shape.out_features)
 
-    def pivot(self) -> LowRank:
+    def pivot(self) -> Term:
         """Returns the same products in pivoted storage; computed in float64.
 
         The identity goes into the factor with fewer slots, into U where both have as many.
-        Already pivoted terms are returned as they are.
+        Already pivoted terms are returned as they are. At full rank the identity is all of its
+        factor: what is left is a `Dense` term.
 
         Raises:
             ValueError: Both factors are shared crosswise, or the rank is larger than the factor
@@ -282,12 +284,37 @@ class LowRank(Term):
         one_u = dict((v, u) for u, v in pairs)
         one_v = dict((u, v) for u, v in pairs)
         if len(one_u) == len(pairs) and self.stored_u <= self.stored_v:
-            return self._pivot_u(one_u)
+            return self._pivot_u(one_u)._dense_if_whole()
         if len(one_v) == len(pairs):
-            return self._pivot_v(one_v)
+            return self._pivot_v(one_v)._dense_if_whole()
         if len(one_u) == len(pairs):
-            return self._pivot_u(one_u)
+            return self._pivot_u(one_u)._dense_if_whole()
         raise ValueError("factors that are shared crosswise have no pivoted form")
+
+    def _dense_if_whole(self) -> Term:
+        """The other factor alone, where the pivoted one is a permuted identity: no empty tensors.
+
+        Pivots need not be sorted, so the other factor's rows (columns) are put in their places.
+        """
+        assert self.C is not None and self.pivots is not None
+        if self.C.numel() or not self.pivots.numel():
+            return self
+        if self.rows is not None or self.cols is not None:
+            return self  # positions go by slots, which a dense term has one kind of
+        order = self.pivots.long()
+        if self.side == "U":
+            assert self.V is not None
+            weight = torch.empty_like(self.V)
+            for u, v in dict.fromkeys(zip(self.u_slots, self.v_slots, strict=True)):
+                if u is not None and v is not None:
+                    weight[v, order[u]] = self.V[v]
+            return Dense(self.shape, self.v_slots, weight)
+        assert self.U is not None
+        weight = torch.empty_like(self.U)
+        for u, v in dict.fromkeys(zip(self.u_slots, self.v_slots, strict=True)):
+            if u is not None and v is not None:
+                weight[u][:, order[v]] = self.U[u]
+        return Dense(self.shape, self.u_slots, weight)
 
     def _pivot_u(self, one_u: Mapping[int, int]) -> LowRank:
         """Pivots U; ``one_u`` is the only slot of U that each used slot of V meets."""
