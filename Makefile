@@ -41,7 +41,7 @@ comma := ,
 demo: export OMP_NUM_THREADS = 1
 demo: export HF_HUB_OFFLINE = 1
 demo: $(VENV)/.demo
-	@set -e; for method in svdllm svd; do for remove in 0.2 0.4 0.6; do \
+	@set -e; for method in d2moe svdllm svd; do for remove in 0.2 0.4 0.6; do \
 		$(BIN)/mctk run recipes/$${method}_demo.yaml --set budget.remove=$$remove \
 			--output runs/demo/$$method-$$remove >/dev/null; \
 	done; done

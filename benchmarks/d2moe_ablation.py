@@ -187,7 +187,7 @@ def read_recipe(
         RECIPE,
         registry=registry,
         model=MODELS.get(options.model, options.model),
-        output=options.out / options.model / place,
+        output=options.out / Path(options.model).name / place,
         calibration=given["calibration"],
         budget={"remove": remove, "of": "experts"},
         allocate={"method": row.allocate},

@@ -36,6 +36,10 @@ STEPS = {
         "steps": [{"decompose": "svd_llm"}],
     },
     "svd": {"steps": [{"decompose": "svd", "size": {"rank": 32}}]},
+    "d2moe": {
+        "budget": {"remove": 0.4, "of": "experts"},
+        "steps": [{"merge": "fisher"}, {"decompose": "delta_svd"}, {"prune": "semi_dynamic"}],
+    },
 }
 
 

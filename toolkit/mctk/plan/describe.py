@@ -271,12 +271,14 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     side = max((min(s.out_features, s.in_features) for s in shapes), default=0)
     layer_bytes = max(loaded(names) for names in model.layer_tensors)
     workspace = 4 * 8 * side**2
+    split = 0
     if plan.prepared:
-        layer_bytes += max(  # base and residuals, in float32
+        split = max(  # bases and residuals, in float32
             4 * sum(sites[name].shape.parameters for name in plan.targets[0].get(layer, []))
             for layer, sites in enumerate(plan.sites)
         )
-    peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + max(in_layer) + workspace
+    work = max(in_layer) + split + workspace
+    peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + work
     return {
         "peak_memory": peak,
         "disk_output": predicted.bytes if predicted else _most_bytes(plan),
