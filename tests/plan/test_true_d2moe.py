@@ -167,12 +167,13 @@ def test_the_papers_recipe_on_its_model(name, directory, registry):
         energy = channels if row["bank"] == "experts.down" else 0
         assert row["parameters"] == channels * model.hidden + energy + deltas
     assert len(described["layers"]) == 3 * len(model.layers)
-    # One layer at a time: far less memory than the model.
+    # One layer at a time: beside the hidden states far less memory than the model.
     resources = described["resources"]
     layer = 2 * model.experts * expert
-    assert layer < resources["peak_memory"] < original["bytes"] / 2
     calibration = 512 * 2048 * model.hidden * 2
-    assert resources["disk_temporary"] >= calibration
+    assert layer < resources["peak_memory"] - 2 * calibration < original["bytes"] / 2
+    # What enters every layer, the last one's output, and gradients.
+    assert resources["disk_temporary"] >= (len(plan.sites) + 2) * calibration
     fisher = [row for row in described["statistics"] if row["need"].startswith("Fisher")]
     assert len(fisher) == 3
 

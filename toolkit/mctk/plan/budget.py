@@ -116,12 +116,14 @@ def even_share(plan: Plan, layer: int, names: list[str]) -> int | None:
 def _check_feasible(plan: Plan) -> None:
     """Lets the allocator refuse what it will refuse, before errors are measured.
 
-    Any falling errors will do: whether a budget can be met depends on costs alone.
+    Any falling errors will do: whether a budget can be met depends on costs alone. Convex ones, as
+    those that are measured mostly are: with straight ones every choice would be as good as another,
+    and an allocator might try them all.
     """
     allocate = plan.recipe.allocate
     assert allocate is not None and plan.budget is not None
     stand_ins = [
-        SizeCurve(c.item, c.settings, c.cost, tuple(float(c.cost[-1] - cost) for cost in c.cost))
+        SizeCurve(c.item, c.settings, c.cost, tuple((1 - x / c.cost[-1]) ** 2 for x in c.cost))
         for c in plan.curves
     ]
     allocate.method.allocate(stand_ins, plan.budget, allocate.options)

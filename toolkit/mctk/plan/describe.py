@@ -46,7 +46,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "output": {"path": str(recipe.output), "kind": "mctk"},
         "steps": [_step(plan, number) for number in range(len(recipe.steps))],
-        "allocate": recipe.allocate.method.name if recipe.allocate and plan.curves else None,
+        "allocate": recipe.allocate.method.name if recipe.allocate else None,
         "sizes": {
             "original": plan.original.as_dict(),
             "planned": planned,
