@@ -1,4 +1,4 @@
-"""Is the demo model telling? Perplexity, expert usage per domain, and random dropping of experts.
+"""Is a demo model telling? Perplexity, expert usage per domain, and random dropping of experts.
 
 Perplexity: each domain's test documents in one stream with end tokens, non-overlapping windows of
 512 tokens, mean loss per token, the first token of a window not predicted.
@@ -15,15 +15,22 @@ import torch
 from demo_text import DOMAINS, WINDOW, mean_loss, read_texts, token_stream, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+# Alike in what is used here: ``gate``, which gives (logits, weights, chosen), and ``experts``.
+Block = MixtralSparseMoeBlock | Qwen2MoeSparseMoeBlock
 
 
-def moe_blocks(model: PreTrainedModel) -> list[MixtralSparseMoeBlock]:
+def moe_blocks(model: PreTrainedModel) -> list[Block]:
     """The mixture blocks from the first layer to the last."""
-    return [module for module in model.modules() if isinstance(module, MixtralSparseMoeBlock)]
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def drop_experts(model: PreTrainedModel, share: float, seed: int) -> PreTrainedModel:
-    """A copy without a random share of every layer's experts and their router rows."""
+    """A copy without a random share of every layer's experts and their router rows.
+
+    A shared expert stays.
+    """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for block in moe_blocks(model):
@@ -42,7 +49,7 @@ def drop_experts(model: PreTrainedModel, share: float, seed: int) -> PreTrainedM
 
 @torch.inference_mode()
 def usage(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Share of the routed slots per layer and expert."""
+    """Share of the routed slots, (layers, experts), for windows (count, tokens)."""
     blocks = moe_blocks(model)
     counts = torch.zeros(len(blocks), blocks[0].gate.num_experts)
     handles = []

@@ -1,22 +1,35 @@
-"""The demo model's shape, its upcycling from a dense model, and two helpers of its training."""
+"""The demo models' shapes, their upcycling from dense models, and two helpers of their training."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 VOCABULARY = 4096
+POSITIONS = 1024
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 192,
-    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "sliding_window": None,
@@ -24,29 +37,92 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
-def upcycle(dense: MistralForCausalLM, share: float, seed: int) -> MixtralForCausalLM:
-    """A mixture whose experts are the dense MLP with a share of its channels drawn anew."""
+@dataclass(frozen=True)
+class Kind:
+    """A demo model: its classes, and what their configurations add to ``SHAPE``.
+
+    ``both`` goes to the dense model and the mixture, ``sparse`` to the mixture alone. An expert
+    starts as one of ``slices`` equal parts of the dense MLP.
+    """
+
+    dense_class: type[PreTrainedModel]
+    dense_config: type[PreTrainedConfig]
+    mixture_class: type[PreTrainedModel]
+    mixture_config: type[PreTrainedConfig]
+    both: dict[str, int]
+    sparse: dict[str, int | bool]
+    slices: int
+
+    def dense(self) -> PreTrainedModel:
+        """A new dense model, drawn from torch's generator."""
+        return self.dense_class(self.dense_config(**SHAPE, **self.both))
+
+    def mixture(self) -> PreTrainedModel:
+        """A new mixture, drawn from torch's generator."""
+        return self.mixture_class(self.mixture_config(**SHAPE, **self.both, **self.sparse))
+
+
+KINDS = {
+    # Few large experts, each as large as the dense MLP.
+    "mixtral": Kind(
+        MistralForCausalLM,
+        MistralConfig,
+        MixtralForCausalLM,
+        MixtralConfig,
+        both={"intermediate_size": 512, "head_dim": 32},
+        sparse={"num_local_experts": 8, "num_experts_per_tok": 2},
+        slices=1,
+    ),
+    # Many small experts, four of them as large as the dense MLP, beside a shared expert.
+    "qwen2_moe": Kind(
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        both={"intermediate_size": 768},
+        sparse={
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 192,
+            "shared_expert_intermediate_size": 256,
+            "norm_topk_prob": True,
+        },
+        slices=4,
+    ),
+}
+
+
+def upcycle(dense: PreTrainedModel, kind: Kind, share: float, seed: int) -> PreTrainedModel:
+    """A mixture whose experts are slices of the dense MLP with a share of channels drawn anew.
+
+    Expert ``e`` takes slice ``e % slices``. The experts' weights for a token sum to 1, where the
+    dense MLP sums its slices: ``down_proj`` is scaled by the number of slices to make up for that.
+    A shared expert starts with a ``down_proj`` of zeros, thus adds nothing at first.
+    """
     torch.manual_seed(seed)
-    mixture = MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS))
+    mixture = kind.mixture()
     weights = {key: value for key, value in dense.state_dict().items() if ".mlp." not in key}
     mixture.load_state_dict(weights, strict=False)
-    channels = SHAPE["intermediate_size"]
+    channels = kind.both["intermediate_size"] // kind.slices
     with torch.no_grad():
         for source, target in zip(dense.model.layers, mixture.model.layers, strict=True):
             mlp, experts = source.mlp, target.mlp.experts
-            for expert in range(EXPERTS["num_local_experts"]):
+            # Channels come first in all three: (intermediate, hidden).
+            whole = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t())
+            for expert in range(experts.num_experts):
+                first = expert % kind.slices * channels
+                parts = [part[first : first + channels].clone() for part in whole]
                 # Newly drawn channels keep the spread of the old ones, so that the outputs'
                 # scale, which the following layers rely on, stays about the same.
                 new = torch.randperm(channels)[: int(share * channels)]
-                parts = [part.weight.clone() for part in (mlp.gate_proj, mlp.up_proj)]
-                parts.append(mlp.down_proj.weight.t().clone())
                 for part in parts:
                     part[new] = torch.randn(len(new), part.shape[1]) * part.std()
                 experts.gate_up_proj[expert] = torch.cat(parts[:2])
-                experts.down_proj[expert] = parts[2].t()
+                experts.down_proj[expert] = parts[2].t() * kind.slices
+            if hasattr(target.mlp, "shared_expert"):
+                target.mlp.shared_expert.down_proj.weight.zero_()
     return mixture
 
 
@@ -61,7 +137,7 @@ class BalanceLoss:
         self.terms: list[torch.Tensor] = []
         self.smallest = 1.0
         for module in model.modules():
-            if isinstance(module, MixtralTopKRouter):
+            if isinstance(module, MixtralTopKRouter | Qwen2MoeTopKRouter):
                 module.register_forward_hook(self._hook)
 
     def _hook(self, router: nn.Module, _: tuple, output: tuple[torch.Tensor, ...]) -> None:
@@ -80,7 +156,10 @@ class BalanceLoss:
 
 
 def sorted_experts(
-    self: MixtralExperts, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    self: MixtralExperts | Qwen2MoeExperts,
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     """Experts one after the other over tokens sorted by expert.
 

@@ -1,12 +1,15 @@
-"""Train the demo model: a small Mixtral, upcycled from a dense model trained on the same text.
+"""Train a demo model: a small mixture, upcycled from a dense model trained on the same text.
 
-Steps, each skipped when its result is in ``--work`` already (so that a stopped run goes on):
+``--kind`` picks one of the two (see ``KINDS``): ``mixtral`` has few large experts, ``qwen2_moe``
+many small ones and a shared expert. Steps, each skipped when its result is in ``--work`` already
+(so that a stopped run goes on):
 
 1. a byte-level BPE tokenizer, trained on the training text;
-2. a dense Mistral with one expert's worth of MLP;
-3. the mixture: each expert starts as a copy of the dense MLP in which a random share of the
-   channels is drawn anew ("drop-upcycling"), so that experts differ from the first step on; then
-   training with a load-balancing loss for every layer by itself.
+2. a dense model, whose MLP is as large as the experts that a token of ``qwen2_moe`` goes through,
+   or as one expert of ``mixtral``;
+3. the mixture: each expert starts as a copy of the dense MLP, or of a slice of it, in which a
+   random share of the channels is drawn anew ("drop-upcycling"), so that experts differ from the
+   first step on; then training with a load-balancing loss for every layer by itself.
 
 A phase's length is given in minutes (for a deadline) or in steps (the same result every time, on
 the same machine). ``--restart`` forgets what ``--work`` holds; ``--from-scratch`` trains a mixture
@@ -24,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from demo_mixture import EXPERTS, SHAPE, VOCABULARY, BalanceLoss, upcycle
+from demo_mixture import KINDS, POSITIONS, VOCABULARY, BalanceLoss, upcycle
 from demo_text import (
     DOMAINS,
     WINDOW,
@@ -36,14 +39,7 @@ from demo_text import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # One token for both ends of a document, as in GPT-2: a model never trained on a separate
 # beginning token would be handed an untrained embedding by tools that put one in front.
@@ -94,13 +90,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         bos_token=END,
         eos_token=END,
         pad_token=END,
-        model_max_length=SHAPE["max_position_embeddings"],
+        model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
     )
 
 
 def batch_at(stream: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-    """The windows of a step: every epoch passes over all of them, in a new order."""
+    """The windows of a step, (batch, tokens): every epoch passes over all, in a new order."""
     windows = windows_of(stream)
     per_epoch = len(windows) // BATCH
     epoch, place = divmod(step, per_epoch)
@@ -231,6 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, required=True, help="its calibration folder")
     parser.add_argument("--work", type=Path, required=True, help="folder for training state")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--kind", choices=KINDS, default="mixtral", help="which of the two models")
     parser.add_argument("--restart", action="store_true", help="drop the saved state")
     parser.add_argument(
         "--from-scratch",
@@ -286,17 +283,18 @@ def main() -> None:
     }
     held_out = {domain: windows[:HELD_OUT_WINDOWS] for domain, windows in held_out.items()}
     torch.manual_seed(args.seed)
+    kind = KINDS[args.kind]
     dense_phase = None
     if args.from_scratch:
-        mixture = MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS))
+        mixture = kind.mixture()
     else:
-        dense = MistralForCausalLM(MistralConfig(**SHAPE))
+        dense = kind.dense()
         # The dense rate falls to half only: the mixture takes over from a model still learning.
         plan = Phase("dense", args.dense_minutes, args.dense_steps, args.dense_rate, 0.5)
         dense_phase = train(dense, plan, stream, held_out, args)
         if args.stop_after == "dense":
             return
-        mixture = upcycle(dense, args.redrawn, args.seed)
+        mixture = upcycle(dense, kind, args.redrawn, args.seed)
     mixture.set_experts_implementation(args.experts)
     plan = Phase("mixture", args.mixture_minutes, args.mixture_steps, args.mixture_rate, 0.03)
     mixture_phase = train(mixture, plan, stream, held_out, args)
