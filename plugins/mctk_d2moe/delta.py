@@ -12,7 +12,7 @@ from mctk import decompose
 from mctk.decompose import MomentOptions
 from mctk.errors import UserError
 from mctk.hookspecs import Method
-from pydantic import Field
+from pydantic import Field, model_validator
 
 if TYPE_CHECKING:
     from mctk.hookspecs import Layer, Terms
@@ -32,6 +32,13 @@ class DeltaOptions(MomentOptions):
         "all, in the metric of all tokens together (few_tokens and min_tokens then have no say); "
         "both: the mean of the U as well, so that all experts get the same correction",
     )
+
+    @model_validator(mode="after")
+    def _only_own_moments_are_pooled(self) -> DeltaOptions:
+        for option in sorted({"few_tokens", "min_tokens"} & self.model_fields_set):
+            if self.share != "none":
+                raise ValueError(f"{option} has no effect with share: {self.share}; leave it out")
+        return self
 
 
 class DeltaSvd(Method):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mctk.decompose import moment_side
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mctk_d2moe.experts import own_matrices, part_of, split_terms, weights
 
@@ -55,6 +55,15 @@ class MergeOptions(MethodOptions):
         description="bases: auto takes no second base that leaves the residuals less rank than "
         "this (automatic ranks begin with the decompose step's rank_multiple)",
     )
+
+    @model_validator(mode="after")
+    def _have_effect(self) -> MergeOptions:
+        asked = {"similarity": self.bases != 1}
+        asked |= dict.fromkeys(("storage", "min_rank"), self.bases == "auto")
+        for option, read in asked.items():
+            if option in self.model_fields_set and not read:
+                raise ValueError(f"{option} has no effect with bases: {self.bases}; leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Merge(Method):
 
         experts = _check(banks, options)
         if options.bases == "auto":
+            _check_size(banks, size)
             return None
         slots = [e * options.bases // experts for e in range(experts)]
         result: dict[str, list[Term]] = {}
@@ -239,11 +249,7 @@ class Merge(Method):
         from mctk_d2moe.auto import candidates
 
         first = next(iter(layer.values()))
-        if size is None:
-            raise UserError(
-                f"bases: auto in layer {first.layer} weighs bases against ranks within a budget: "
-                "give the recipe one, or state a number of bases"
-            )
+        size = _check_size(layer, size)
         best: tuple[float, Plan] | None = None
         for count in candidates(first.shape.members):
             ranks = _ranks(layer, count, size, options)
@@ -313,6 +319,21 @@ def _ranks(layer: Layer, count: int, size: int, options: MergeOptions) -> dict[s
         )
         for name, shape in shapes.items()
     }
+
+
+def _check_size(layer: Layer, size: int | None) -> int:
+    """Returns the size; without one, bases and ranks cannot be weighed.
+
+    Raises:
+        UserError: There is none.
+    """
+    if size is None:
+        first = next(iter(layer.values()))
+        raise UserError(
+            f"bases: auto in layer {first.layer} weighs bases against ranks within a budget: "
+            "give the recipe one, or state a number of bases"
+        )
+    return size
 
 
 def _is_judged(name: str, shape: BankShape) -> bool:

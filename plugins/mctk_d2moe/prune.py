@@ -51,6 +51,8 @@ class SemiDynamicOptions(MethodOptions):
     def _leaves_some(self) -> SemiDynamicOptions:
         if self.static + self.dynamic >= 1:
             raise ValueError("static and dynamic together must be below 1")
+        if "static" in self.model_fields_set and self.static + self.dynamic == 0:
+            raise ValueError("static and dynamic are both 0: nothing would be pruned")
         return self
 
 
@@ -100,6 +102,11 @@ class SemiDynamic(Method):
         channels = _channels(bases)
         stored = bases["down"].weight.shape[0]
         count = _kept(channels, size, options)
+        if size is None and count == channels and not _dropped(count, channels, options):
+            raise UserError(
+                f"static {options.static:g} of {channels} channels rounds to none in multiples of "
+                f"{options.channel_multiple}: raise it, or lower channel_multiple"
+            )
         energy = torch.empty(stored, channels, device="meta")
         chosen = torch.empty(stored, count, dtype=torch.long, device="meta")
         return _pruned(banks, bases, chosen, energy, options)
@@ -160,12 +167,12 @@ def _bases(layer: Layer) -> dict[str, Dense]:
             for term in bank.terms
             if isinstance(term, Dense) and term.weight.shape[0] < bank.shape.members
         ]
-        if len(shared) != 1:
+        if not shared:
             raise UserError(
                 f"{bank.name} of {place} has no base that experts share: prune/semi_dynamic needs "
                 "a merge before it"
             )
-        found[part] = shared[0]
+        found[part] = shared[0]  # the merge's; shared factors of full rank may stand after it
     for part, base in found.items():
         if base.rows is not None or base.cols is not None or base.kind != Dense.kind:
             raise UserError(f"the base of {names[part]} in {place} was pruned before")

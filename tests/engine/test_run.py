@@ -109,6 +109,7 @@ def test_a_second_run_finds_all_statistics_in_the_cache(write_recipe, registry, 
         "cache_hits": first["statistics"]["cache_misses"],
         "cache_misses": 0,
         "sweeps": 0,
+        "backward_sweeps": 0,
     }
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()

@@ -191,7 +191,9 @@ def test_auto_without_a_budget_or_plan():
     with pytest.raises(UserError, match=r"bases: auto in layer 3 .* budget"):
         run("mean", layer, measure(layer, tokens), bases="auto")
     options = Mean().Options(bases="auto")
-    assert Mean().layout(on_meta(layer), None, options) is None
+    with pytest.raises(UserError, match="budget"):
+        Mean().layout(on_meta(layer), None, options)
+    assert Mean().layout(on_meta(layer), 10_000, options) is None
     wide = BankShape(8, 4, 16)
     assert Mean().needs(wide, "experts.down", options) == []
     assert Mean().needs(wide, "experts.up", options) == [SecondMoment("experts.up", "input")]

@@ -84,8 +84,10 @@ def test_layout_and_sizes_are_what_comes_out(bases, rank, bias, size, dynamic):
 
 def test_without_anything_to_do_nothing_changes():
     layer, statistics, _ = merged()
-    terms = prune(layer, statistics, static=0.0)
-    assert all(terms[name] == layer[name].terms for name in NAMES)
+    with pytest.raises(ValidationError, match="nothing would be pruned"):
+        METHOD.Options(static=0.0)
+    with pytest.raises(UserError, match="rounds to none in multiples of 8"):
+        METHOD.layout(on_meta(layer), None, METHOD.Options(static=0.05))
     terms = prune(layer, statistics, DENSE)
     assert all(terms[name] == layer[name].terms for name in NAMES)
 

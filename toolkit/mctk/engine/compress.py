@@ -177,7 +177,9 @@ def _layer(
             "summary": describe(bank),
             "parameters": bank.parameters(),
             "bytes": bank.nbytes(),
-            "relative_weight_error": relative_weight_error(bank, banks[name]),
+            "relative_weight_error": (
+                None if trace and name in trace.moved else relative_weight_error(bank, banks[name])
+            ),
         }
         for name, bank in stored.items()
         if name in rewritten

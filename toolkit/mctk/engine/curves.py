@@ -123,7 +123,7 @@ def _after_step(
         if step.auto or not set(names) <= set(banks):
             continue
         size = plan.setting(number, layer, names)
-        if size == DENSE:
+        if plan.passes_over(number, size):
             continue
         for name, terms in apply_step(step, names, now, original, statistics, size).items():
             now[name] = Bank(name, layer, now[name].shape, terms)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, brief
-from ..terms import DENSE, Bank, Bias, Term
+from ..terms import Bank, Bias, Term
 
 if TYPE_CHECKING:
     from ..plan import Plan, Size
@@ -52,7 +52,7 @@ def run_passes(
     for number, step in steps:
         for names in plan.groups(number, layer):
             size = sizes[number, layer, names[0]]
-            if size == DENSE:
+            if plan.passes_over(number, size):
                 continue
             for name, terms in apply_step(step, names, now, banks, statistics, size).items():
                 now[name] = Bank(name, layer, now[name].shape, terms)

@@ -161,7 +161,7 @@ def open_boundaries(
         file.stat().st_size for file in directory.rglob("*") if file.is_file()
     )
     count = len(model.layers)
-    for every in range(1, count + 1) if asked is None else [asked]:
+    for every in range(1, count + 1) if asked is None else [min(asked, count)]:
         store = BoundaryStore(directory, count, every, min(layers))
         needed = store.nbytes(ids.numel(), width, model.dtype.itemsize)
         if asked is not None or needed <= FREE_SHARE * free:

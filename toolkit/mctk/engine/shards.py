@@ -149,13 +149,15 @@ def copy_companions(source: Source, output: Path) -> list[str]:
 
 
 def describe(bank: Bank) -> str:
-    """A bank's terms in a few words, for reports: "lowrank r=64"."""
+    """A bank's terms in a few words, for reports: "dense shared ×2 + lowrank r=64"."""
     words = []
     for term in bank.terms:
-        tensors = term.tensors()
-        rank = f" r={tensors['V'].shape[1]}" if "V" in tensors else ""
+        stored = len({slot for slot in term.slots if slot is not None})
+        word = term.kind + (f" shared ×{stored}" if stored < bank.shape.members else "")
+        rank = getattr(term, "rank", None)
+        word += f" r={rank}" if rank is not None else ""
         storage = term.spec().get("storage", "plain")
-        words.append(f"{term.kind}{rank}" + (f" {storage}" if storage != "plain" else ""))
+        words.append(word + (f" {storage}" if storage != "plain" else ""))
     return " + ".join(words)
 
 

@@ -50,6 +50,7 @@ class LayerTrace:
         self.sites, self.banks = sites, banks
         self.samples, self.calls = samples, calls
         self.rows: list[dict[str, Any]] = []
+        self.energies: dict[str, float] = {}  # of each bank's outputs, once known
         self.moved: set[str] = set()  # banks whose members no longer correspond to the original's
         self.inputs: dict[str, dict[int, list[torch.Tensor]]] = {}
         self.outputs = self._run(listen=True)
@@ -112,13 +113,19 @@ class LayerTrace:
         original = self.banks[bank.name]
         terms: list[Term] = [term.to(dtype=torch.float32) for term in bank.terms]
         bank = Bank(bank.name, bank.layer, bank.shape, terms)
+        known = self.energies.get(bank.name)
         error = energy = 0.0
         for member, pieces in self.inputs.get(bank.name, {}).items():
             x = torch.cat(pieces).float()
-            exact = _apply_exactly(original, x, member)
-            error += float((bank.apply(x, member) - exact).double().square().sum())
-            energy += float(exact.double().square().sum())
-        return error / energy if energy else None
+            exact = _in_float32(original, member)
+            ours = _in_float32(bank, member)
+            # One product with the difference instead of one for every term.
+            lost = functional.linear(x, exact[0] - ours[0], exact[1] - ours[1])
+            error += float(lost.square().sum(dtype=torch.float64))
+            if known is None:
+                energy += float(functional.linear(x, *exact).square().sum(dtype=torch.float64))
+        known = self.energies.setdefault(bank.name, energy)
+        return error / known if known else None
 
     def after(self, step: str, names: list[str], banks: dict[str, Bank]) -> None:
         """Adds the rows of one pass; `banks` are all of the layer's as they are now."""
@@ -126,7 +133,8 @@ class LayerTrace:
         error = self.layer_error(whole)
         for name in names:
             bank_error = None if name in self.moved else self.bank_error(banks[name])
-            if bank_error is not None and error < UNCHANGED < bank_error:
+            merged = step.startswith("merge/")
+            if merged and bank_error is not None and error < UNCHANGED < bank_error:
                 # The layer gives what it gave, the bank does not: its neurons have changed places.
                 self.moved.add(name)
                 bank_error = None
@@ -140,8 +148,12 @@ class LayerTrace:
         return {n: banks[n] for n, site in self.sites.items() if site.module in modules}
 
 
-def _apply_exactly(bank: Bank, x: torch.Tensor, member: int) -> torch.Tensor:
-    """An original bank's output [T, out] in float32; only this member's matrix is converted."""
+def _in_float32(bank: Bank, member: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A member's matrix [out, in] and bias [out]; zeros where it has none."""
     weight, bias = bank.materialise(member)
-    assert weight is not None
-    return functional.linear(x, weight.float(), None if bias is None else bias.float())
+    shape, device = bank.shape, bank.terms[0].device if bank.terms else None
+    if weight is None:
+        weight = torch.zeros(shape.out_features, shape.in_features, device=device)
+    if bias is None:
+        bias = torch.zeros(shape.out_features, device=device)
+    return weight.float(), bias.float()

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..terms import DENSE, SizeCurve, Term
+from ..terms import DENSE, Bias, SizeCurve, Term
 from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
+
+TOLERANCE = 0.005  # of the original: how far below its budget a run may end
 
 if TYPE_CHECKING:
     from .plan import Plan, Size
@@ -43,7 +45,7 @@ def set_budget(plan: Plan) -> None:
         rest = plan.predict(fixed)
         if rest is None:
             raise DataDecide
-        curves = [
+        found = [
             _curve(plan, fixed, number, layer, names, in_bytes)
             for number in auto
             for layer in plan.targets[number]
@@ -56,8 +58,8 @@ def set_budget(plan: Plan) -> None:
             ("budget",), "the sizes of the steps that are not size: auto depend on data"
         ) from None
     result = rest.bytes if in_bytes else rest.parameters
-    rest_in_scope = plan.scope - (total - result) - sum(curve.cost[-1] for curve in curves)
-    plan.curves = curves
+    rest_in_scope = plan.scope - (total - result) - sum(present for _, present in found)
+    plan.curves = [curve for curve, _ in found]
     plan.budget = plan.allowed - rest_in_scope
     smallest = sum(curve.cost[0] for curve in plan.curves)
     if plan.budget < smallest:
@@ -66,6 +68,13 @@ def set_budget(plan: Plan) -> None:
             ("budget",),
             f"at most {1 - least:.1%} of the {budget.of} can be removed by these steps, "
             f"not {1 - budget.kept:.1%}",
+        )
+    largest = sum(curve.cost[-1] for curve in plan.curves)
+    if largest < plan.budget - TOLERANCE * plan.scope:
+        used = (rest_in_scope + largest) / plan.scope
+        plan.warnings.append(
+            f"the largest sizes of the auto steps keep {used:.1%} of the {budget.of}: the budget "
+            f"of {budget.kept:.1%} cannot be used up"
         )
     if plan.needs_curves:
         _check_feasible(plan)
@@ -152,8 +161,11 @@ def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
 
 def _curve(
     plan: Plan, fixed: Size, number: int, layer: int, names: list[str], in_bytes: bool
-) -> SizeCurve:
-    """The sizes that some banks may take, those that cost no less than no change left out.
+) -> tuple[SizeCurve, int]:
+    """The sizes that some banks may take, and what they cost now; those that cost no less left out.
+
+    No change is a size as well, unless a merge came before: base and all residuals together store
+    more than the original.
 
     Args:
         plan: The plan.
@@ -163,17 +175,22 @@ def _curve(
         names: Its banks that one call takes.
         in_bytes: Whether costs are bytes; parameters otherwise.
     """
-    step = plan.recipe.steps[number]
+    step, sites = plan.recipe.steps[number], plan.sites[layer]
     settings, costs = plan.costs(number, layer, names)
     if settings[-1] != DENSE:
         raise ValueError(f"{step.stage}/{step.method.name}: sizes() must end with DENSE")
     if in_bytes:
         costs = _costs_in_bytes(plan, fixed, number, layer, names, settings, costs)
     pairs = [(s, c) for s, c in zip(settings, costs, strict=True) if c < costs[-1]]
-    pairs.append((DENSE, costs[-1]))
-    return SizeCurve(
+    banks = banks_now(plan, layer, names, lay_out_layer(plan, fixed, number, layer))
+    original = sum(sites[name].shape.parameters for name in names)
+    grown = sum(t.parameters() for b in banks.values() for t in b.terms if t.kind != Bias.kind)
+    if not pairs or step.stage != "decompose" or grown <= original:
+        pairs.append((DENSE, costs[-1]))
+    curve = SizeCurve(
         (number, layer, "+".join(names)), tuple(s for s, _ in pairs), tuple(c for _, c in pairs)
     )
+    return curve, costs[-1]
 
 
 def _costs_in_bytes(

@@ -9,10 +9,12 @@ from ..checkpoint import ModelSizes, expert_macs, experts_per_token
 from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
 from ..evaluate.harness import check_tasks
+from ..models import BankSite
 from ..statistics import Need, size_of
 from ..terms import DENSE
+from .budget import TOLERANCE
 from .layout import DataDecide, lay_out_layer
-from .plan import TOLERANCE, Plan, Size
+from .plan import Plan, Size
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     needs = [need for layer in plan.needs.values() for need in layer]
     current = any(getattr(need, "of", "original") == "current" for need in needs)
     sweeps, backward = bool(needs) + current, int(any(need.gradient for need in needs))
+    again = bool(recipe.calibration and (recipe.calibration.keep_every or 1) > 1)
     return {
         "model": {
             "path": str(plan.source.path),
@@ -58,7 +61,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "statistics": _statistics(plan),
         "sweeps": sweeps,
         "backward_sweeps": backward,
-        "weight_reads": 1 + sweeps + backward + plan.needs_curves + recipe.gate,
+        "weight_reads": 1 + sweeps + backward + again + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
@@ -264,7 +267,7 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
             kept += sum(size for need, size in sizes.items() if not need.transient)
         if any(need.gradient for needs in plan.needs.values() for need in needs):
             # What enters every layer (fewer with keep_every), the last one's output, and gradients.
-            every = recipe.calibration.keep_every or 1
+            every = min(recipe.calibration.keep_every or 1, len(model.layers))
             temporary += hidden * (-(-len(model.layers) // every) + every + 1)
     kept += _prepared_bytes(plan)
     shapes = [site.shape for sites in plan.sites for site in sites.values()]
@@ -288,7 +291,10 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
 
 
 def _prepared_bytes(plan: Plan) -> int:
-    """What prepared steps keep on disk: in float32, all terms but residuals; 0 if data decide."""
+    """What prepared steps keep on disk: in float32, all terms but residuals.
+
+    Where data decide how many bases there are, as if there were half as many as experts.
+    """
     if not plan.prepared:
         return 0
     total = 0
@@ -299,8 +305,13 @@ def _prepared_bytes(plan: Plan) -> int:
                 each = tuple(range(sites[name].shape.members))
                 total += 4 * sum(t.parameters() for t in terms if t.slots != each)
     except DataDecide:
-        return 0
+        names = [(sites, n) for sites, step in _first_targets(plan) for n in step]
+        return 2 * sum(sites[name].shape.parameters for sites, name in names)
     return total
+
+
+def _first_targets(plan: Plan) -> list[tuple[dict[str, BankSite], list[str]]]:
+    return [(plan.sites[layer], names) for layer, names in plan.targets[0].items()]
 
 
 def _most_bytes(plan: Plan) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import original_terms
 from ..errors import UserError
-from ..terms import DENSE, Bank, Bias, Term
+from ..terms import Bank, Bias, Term
 
 if TYPE_CHECKING:
     from .plan import Plan, Size
@@ -103,7 +103,7 @@ def lay_out_layer(plan: Plan, sizes: Size, steps: int, layer: int) -> MetaTerms:
     for number in range(first, steps):
         for names in groups(plan, number, layer):
             size = sizes[number, layer, names[0]]
-            if size != DENSE:
+            if not plan.passes_over(number, size):
                 apply_layout(plan, number, layer, names, size, changed)
     return {layer: banks for layer, banks in changed.items() if banks}
 

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 Item = tuple[int, int, str]  # step, layer and banks (joined by "+" where one call takes several)
 Size = dict[tuple[int, int, str], int | None]  # step, layer, bank → the method's setting
-TOLERANCE = 0.005  # of the original: how far below its budget a run may end
 
 
 @dataclass
@@ -237,7 +236,7 @@ class Plan:
             return size.rank
         assert size.keep is not None  # a size that is not auto has a rank or a share
         settings, costs = self.costs(number, layer, names)
-        whole = sum(self.sites[layer][name].shape.parameters for name in names)
+        whole = costs[-1]  # of what the step rewrites: the matrices, or a base among them
         fitting = [s for s, c in zip(settings, costs, strict=True) if c <= size.keep * whole]
         if not fitting:
             raise self.recipe.error(
@@ -272,6 +271,14 @@ class Plan:
         except DataDecide:
             return True
         return self.recipe.steps[number].size is not None
+
+    def passes_over(self, number: int, size: int | None) -> bool:
+        """Whether a step leaves banks alone at a size.
+
+        A method that sees a whole layer is called even where nothing is to be stored less: it may
+        have more to say, such as which channels to skip at run time.
+        """
+        return size == DENSE and self.recipe.steps[number].method.scope == "bank"
 
     def group_of(self, number: int, layer: int, bank: str) -> list[str]:
         """The banks that one call of a step's method gets together with this one."""
@@ -362,6 +369,11 @@ def _check_gradients(plan: Plan) -> None:
             ("dtype",),
             f"{type(gradients[0]).__name__} needs gradients, which underflow in float16; write "
             "bfloat16 or float32",
+        )
+    calibration = plan.recipe.calibration
+    if not gradients and calibration is not None and calibration.keep_every is not None:
+        raise plan.recipe.error(
+            ("calibration", "keep_every"), "has no effect: no step needs gradients"
         )
     labels = {getattr(need, "labels", None) for need in gradients if need.transient}
     if len(labels) > 1:

@@ -201,11 +201,26 @@ def _validate(
             return model.model_validate_json(json.dumps(data), strict=True)
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        problems = []
+        explained: dict[KeyPath, list[str]] = {}
         for problem in error.errors(include_url=False):
-            at: KeyPath = (*path, *problem["loc"])
-            problems.append(source.error(at, _explain(problem)))
+            at: KeyPath = (*path, *_own_keys(problem, data))
+            explained.setdefault(at, []).append(_explain(problem))
+        # A value that may be of several types fails once for each of them.
+        problems = [source.error(at, "; or ".join(said)) for at, said in explained.items()]
         raise min(problems, key=lambda problem: problem.line or 0) from error
+
+
+def _own_keys(problem: Any, data: Any) -> tuple[Any, ...]:
+    """The problem's keys as the recipe has them: pydantic adds the types that it tried."""
+    keys: list[Any] = []
+    for key in problem["loc"]:
+        known = isinstance(data, dict) and key in data
+        known |= isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not known and not (problem["type"] == "missing" and isinstance(data, dict)):
+            break
+        keys.append(key)
+        data = data[key] if known else None
+    return tuple(keys)
 
 
 def _explain(problem: Any) -> str:

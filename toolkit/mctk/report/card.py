@@ -24,6 +24,10 @@ path = "."  # this directory, or its name on the Hub
 model = AutoModelForCausalLM.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```"""
+DYNAMIC = """\
+Some channels of the bases that experts share are skipped at run time. Which ones is decided for
+each forward pass from its own tokens, so a sequence's logits depend on what else is in its batch.
+`mctk.runtime.dynamic_pruning(model, enabled=False)` makes it compute all of them."""
 LOADING_PLAIN = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,7 +101,12 @@ def _introduction(metrics: Metrics) -> str:
 
 
 def _loading(metrics: Metrics) -> str:
-    return LOADING if metrics.get("output_kind", "mctk") in (None, "mctk") else LOADING_PLAIN
+    if metrics.get("output_kind", "mctk") not in (None, "mctk"):
+        return LOADING_PLAIN
+    layers = [layer.get("banks") or {} for layer in metrics.get("layers") or []]
+    summaries = [str(get(bank, "summary")) for banks in layers for bank in banks.values() if bank]
+    dynamic = any("dynamic" in summary for summary in summaries)
+    return LOADING + ("\n\n" + DYNAMIC if dynamic else "")
 
 
 def _sizes(metrics: Metrics) -> str:

@@ -265,7 +265,8 @@ def _provenance(metrics: Metrics) -> list[str]:
     if counters:
         hits, misses = counters.get("cache_hits"), counters.get("cache_misses")
         add("statistics", f"{text(hits)} from the cache, {text(misses)} collected")
-        add("sweeps", counters.get("sweeps"))
+        add("forward sweeps", counters.get("sweeps"))
+        add("backward sweeps", counters.get("backward_sweeps"))
     seconds = metrics.get("seconds") or {}
     add("time", duration(seconds.get("total")))
     for phase, value in seconds.items():
