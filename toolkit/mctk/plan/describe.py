@@ -39,6 +39,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     current = any(getattr(need, "of", "original") == "current" for need in needs)
     sweeps, backward = bool(needs) + current, int(any(need.gradient for need in needs))
     again = bool(recipe.calibration and (recipe.calibration.keep_every or 1) > 1)
+    layers = _layers(plan, sizes)
     return {
         "model": {
             "path": str(plan.source.path),
@@ -57,7 +58,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "bound": bound,
         },
         "speed": _speed(plan, sizes),
-        "layers": _layers(plan, sizes),
+        "layers": layers,
         "statistics": _statistics(plan),
         "sweeps": sweeps,
         "backward_sweeps": backward,
@@ -65,8 +66,21 @@ def describe(plan: Plan) -> dict[str, Any]:
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
-        "warnings": plan.warnings,
+        "warnings": [*plan.warnings, *_grown(layers)],
     }
+
+
+def _grown(layers: list[dict[str, Any]]) -> list[str]:
+    """A warning where banks are stored larger than the original: merged, and left at that."""
+    grown = [r for r in layers if r["parameters"] and r["parameters"] > r["original_parameters"]]
+    if not grown:
+        return []
+    banks = ", ".join(sorted({row["bank"] for row in grown}))
+    numbers = ", ".join(str(n) for n in sorted({row["layer"] for row in grown}))
+    return [
+        f"{banks} of layers {numbers} are stored larger than in the original: a merge that no "
+        "decompose step follows keeps a base and every residual"
+    ]
 
 
 def _speed(plan: Plan, sizes: Size | None) -> dict[str, Any] | None:
@@ -116,8 +130,8 @@ def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
             steps = [n for n, targets in enumerate(plan.targets) if name in targets.get(layer, ())]
             if not steps:
                 continue
-            sized = [n for n in steps if plan.recipe.steps[n].size is not None] or steps
-            setting = _setting(plan, sizes, sized[0], layer, name)
+            sized = [n for n in steps if plan.recipe.steps[n].size is not None]
+            setting = _setting(plan, sizes, sized[0], layer, name) if sized else None
             known = changed is not None and (
                 sizes is not None or not any(plan.recipe.steps[n].auto for n in steps)
             )
