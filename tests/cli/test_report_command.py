@@ -28,6 +28,15 @@ def test_runs_side_by_side_in_three_formats(capsys, tmp_path):
     assert out.splitlines()[1].startswith("original,100")
 
 
+def test_runs_that_would_look_alike_bear_their_directory(capsys, tmp_path):
+    metrics = {"model": {"name": "m"}, "budget": {"requested": "half"}, "steps": []}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    _, out, _ = run(capsys, str(tmp_path / "one"), str(tmp_path / "two"))
+    assert "(one)" in out and "(two)" in out
+
+
 def test_a_directory_without_a_finished_run(capsys, tmp_path):
     code, _, err = run(capsys, str(tmp_path))
     assert code == 2 and "is it a finished run?" in err

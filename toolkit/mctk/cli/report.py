@@ -27,9 +27,16 @@ def command(directories: tuple[str, ...], form: str) -> None:
     Columns: parameters stored and active, bytes, perplexity of each text, accuracy of each task.
     Each run's own report.md says more.
     """
-    from mctk.report import side_by_side
+    from mctk.report import label_of, side_by_side
 
-    table = side_by_side([_metrics(Path(directory)) for directory in directories])
+    runs = [_metrics(Path(directory)) for directory in directories]
+    labels = [label_of(metrics) for metrics in runs]
+    # Runs that differ in an option only would look alike: then each bears its directory's name.
+    labels = [
+        f"{label} ({Path(directory).resolve().name})" if labels.count(label) > 1 else label
+        for label, directory in zip(labels, directories, strict=True)
+    ]
+    table = side_by_side(runs, labels)
     click.echo({"md": table.markdown, "json": table.json, "csv": table.csv}[form]())
 
 
