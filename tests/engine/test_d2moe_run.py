@@ -10,12 +10,13 @@ import torch
 from mctk.checkpoint import Source
 from mctk.engine import run
 from mctk.errors import UserError
-from mctk.plan import make_plan
+from mctk.plan import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.runtime import dynamic_pruning
 from mctk.sweep import StreamedModel, stream_logits
 
+from tests.engine.conftest import DEMO, TEXT
 from tests.engine.test_resume import start, weights
 
 FISHER = {"merge": "fisher"}
@@ -188,3 +189,28 @@ def test_what_must_be_prepared_cannot_wait_for_the_budget(write_recipe, registry
     steps = [{"prune": "semi_dynamic"}, {"decompose": "svd_llm"}]
     with pytest.raises(UserError, match="needs a merge before it"):
         make_plan(load_recipe(write_recipe(steps=steps), registry=registry), registry)
+
+
+def test_the_papers_recipe_runs_on_the_demo_model(registry, cache, tmp_path):
+    """Nothing is changed but model, output, text, and number and length of sequences."""
+    text = str(TEXT / "calibration" / "*.jsonl")
+    changes = [
+        f"model={DEMO / 'model'}",
+        f"output={tmp_path / 'out'}",
+        f"calibration={{text: '{text}', sequences: 8, length: 64}}",
+        f"evaluate.perplexity=[{{name: own, text: '{text}', length: 64, windows: 2}}]",
+    ]
+    path = DEMO.parent / "d2moe_mixtral.yaml"
+    (metrics,) = run(
+        [load_recipe(path, overrides=[*changes, "gate=false"], registry=registry)],
+        registry,
+        cache=cache,
+    )
+    assert metrics["budget"]["attained"] <= metrics["budget"]["allowed"]
+    assert metrics["budget"]["shortfall_fraction"] <= 0.005
+    assert metrics["evaluation"]["compressed"]["perplexity"]["own"]["perplexity"] > 1
+    short = load_recipe(
+        path, overrides=[*changes, "calibration.sequences=100000"], registry=registry
+    )
+    with pytest.raises(UserError, match="100000 are asked for"):
+        describe(make_plan(short, registry))
