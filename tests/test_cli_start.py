@@ -96,3 +96,10 @@ def test_an_unknown_command_is_named_with_the_nearest(capsys):
         cli.main(["plugns"])
     assert done.value.code == 2
     assert "No such command 'plugns' (did you mean 'plugins'?)" in capsys.readouterr().err
+
+
+def test_it_also_starts_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "mctk", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "run" in done.stdout
