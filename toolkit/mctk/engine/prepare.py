@@ -268,7 +268,8 @@ def _visit_backward(
         if not need.transient:
             preparations[0].cache.put(need, index, value)
     for preparation in preparations:
-        if index in preparation.missing():
+        # Another run of the set may have made the same one a moment ago.
+        if preparation.store is not None and not preparation.store.has(index):
             preparation.make(index, banks, values)
 
 
@@ -285,8 +286,9 @@ def without_gradients(
             with model.layer(index) as module:
                 banks = read_banks(module, index)
                 for preparation in preparations:
+                    store = preparation.store
                     # Another run of the set may have made the same one a moment ago.
-                    if index in missing[id(preparation)] and index in preparation.missing():
+                    if store and index in missing[id(preparation)] and not store.has(index):
                         preparation.make(index, banks, {})
             reporter.step(f"layer {index}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 Banks = dict[str, Bank]
+_LOGGER = logging.getLogger(__name__)
 
 
 class PreparedStore:
@@ -74,16 +76,21 @@ class PreparedStore:
         return sorted({layer for step in targets for layer in step})
 
     def has(self, layer: int) -> bool:
-        """Whether a layer is there and whole; one that is damaged is thrown away."""
+        """Whether a layer is there and whole; one that is cut off is thrown away.
+
+        Only the header is read: contents are checked when they are (`get`).
+        """
         path = self.path(layer)
         if not path.exists():
             return False
         try:
-            _read(path)
-        except (OSError, SafetensorError, ValueError):
-            path.unlink(missing_ok=True)
-            return False
-        return True
+            with safe_open(str(path), framework="pt", backend="pread") as file:
+                if CHECKSUM in (file.metadata() or {}):
+                    return True
+        except (OSError, SafetensorError) as error:
+            _LOGGER.warning("%s is damaged and will be made anew: %s", path, error)
+        path.unlink(missing_ok=True)
+        return False
 
     def put(self, layer: int, original: Banks, now: Banks, rewritten: set[str]) -> None:
         """Stores a layer.
