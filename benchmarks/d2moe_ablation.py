@@ -61,13 +61,7 @@ MOST = 0.9  # of a residual's energy
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A variant of the recipe.
-
-    Attributes:
-        name: In tables.
-        changes: By step the keys that are replaced; None leaves the step out.
-        allocate: The allocator.
-    """
+    """A variant of the recipe: by step the keys that change (None: no such step); the allocator."""
 
     name: str
     changes: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
@@ -89,10 +83,10 @@ def prune(name: str, **options: Any) -> Row:
     return Row(name, {PRUNE: {"options": options}})
 
 
-def alone(name: str, method: str, storage: str = "pivoted") -> Row:
+def alone(name: str, method: str, storage: str = "pivoted", allocate: str = "uniform") -> Row:
     """A row that decomposes the experts themselves."""
     step = {"decompose": method, "options": {"storage": storage}}
-    return Row(name, {MERGE: None, DECOMPOSE: step, PRUNE: None})
+    return Row(name, {MERGE: None, DECOMPOSE: step, PRUNE: None}, allocate)
 
 
 REFERENCE = Row("the recipe")
@@ -134,6 +128,7 @@ GROUPS = {
         alone("svd", "svd"),
         alone("svd_llm", "svd_llm"),
         alone("svd_llm, plain storage", "svd_llm", "plain"),
+        alone("svd_llm, by_loss", "svd_llm", allocate="by_loss"),
     ],
 }
 # The second model is there for the number of bases.
@@ -147,14 +142,12 @@ FINE = {
 
 @dataclasses.dataclass
 class Result:
-    """A row at a budget: planned, and what came of it.
+    """A row at a budget, in the table `group`: planned, and what came of it.
 
     Attributes:
-        row: The row.
-        group: The table that it belongs to.
-        plan: Its plan; None if there is none.
+        plan: None if there is none.
         failed: Why there are no figures.
-        figures: Its cells by column.
+        figures: Cells by column.
         nll: Negative log-likelihood of every window of all texts.
         tokens: Predicted tokens of every window.
     """
@@ -238,96 +231,80 @@ def run_set(results: list[Result], options: argparse.Namespace, registry: Regist
     recipes = [plan.recipe for plan in plans]
     every = run(recipes, registry, cache=options.cache, reporter=Reporter(quiet=options.quiet))
     for result, plan, metrics in zip(results, plans, every, strict=True):
-        texts = metrics["evaluation"]["compressed"]["perplexity"].values()
+        before, texts = (
+            metrics["evaluation"][side]["perplexity"].values()
+            for side in ("original", "compressed")
+        )
         result.nll = [value for text in texts for value in text["window_nll"]]
         result.tokens = [t["tokens"] / t["windows"] for t in texts for _ in t["window_nll"]]
         ends = [layer["trace"][-1]["layer_error"] for layer in metrics["layers"] if layer["trace"]]
         result.figures |= {
             "perplexity": math.exp(statistics.fmean(text["nll"] for text in texts)),
+            "original": math.exp(statistics.fmean(text["nll"] for text in before)),
             "stored": metrics["budget"]["attained"] / plan.scope,
             "layer_error": statistics.fmean(ends),
         }
 
 
-class Residuals:
-    """Looks at what decompose steps are given, in the metric of what enters.
+def statistics_of(plan: Plan, directory: Path) -> StatisticsCache:
+    """Opens what the runs have measured on the calibration text."""
+    windows, calibration = read_calibration(plan), plan.recipe.calibration
+    assert windows is not None and calibration is not None
+    fingerprint = plan.source.fingerprint(directory)
+    context = cache_context(plan.model, fingerprint, windows.digest, calibration.batch)
+    return StatisticsCache(directory, context)
+
+
+def look(result: Result, cache: StatisticsCache) -> None:
+    """Adds what a rank takes and leaves, for a row that cuts it in each expert's own metric."""
+    plan = result.plan
+    assert plan is not None
+    number = next(n for n, s in enumerate(plan.recipe.steps) if s.stage == "decompose")
+    options = plan.recipe.steps[number].options
+    own = (
+        isinstance(options, decompose.MomentOptions) and getattr(options, "share", "none") == "none"
+    )
+    if not own or plan.prepared < number:
+        return
+    state = json.loads((plan.recipe.output / ".mctk" / "manifest.json").read_text())
+    sizes = size_from_record(state["sizes"])
+    preparation = Preparation.of(plan, cache)
+    found = []
+    for layer, names in plan.targets[number].items():
+        values = preparation.statistics(layer)
+        with plan.model.layer(layer) as module:
+            original = read_banks(module, layer)
+            prepared = preparation.banks(layer, original)
+            for name in names:
+                need = decompose.moment_need(name, original[name].shape)
+                if need.side == "input":
+                    bank = (prepared[0] if prepared else original)[name]
+                    found.append(shares(bank, values[need].value, sizes[number, layer, name]))
+    means = [statistics.fmean(column) for column in zip(*found, strict=True)]
+    result.figures |= dict(zip(("residual", "rank", "lost"), means, strict=False))
+
+
+def shares(bank: Bank, moment: torch.Tensor, rank: int | None) -> tuple[float, float, float]:
+    """The residuals' share of the energy, the rank of most of it, and what a rank loses.
 
     Args:
-        plan: Any of the plans: they share model and calibration.
-        cache: Directory of the statistics.
+        bank: As the decomposition finds it.
+        moment: Of what enters, for each expert ``[E, in, in]``.
+        rank: Where it is cut.
     """
-
-    def __init__(self, plan: Plan, cache: Path) -> None:
-        windows, calibration = read_calibration(plan), plan.recipe.calibration
-        assert windows is not None and calibration is not None
-        fingerprint = plan.source.fingerprint(cache)
-        context = cache_context(plan.model, fingerprint, windows.digest, calibration.batch)
-        self.cache = StatisticsCache(cache, context)
-        self.known: dict[tuple[str, str], list[tuple[float, torch.Tensor]]] = {}
-
-    def look(self, result: Result) -> None:
-        """Adds a row's shares, if its ranks are cut in each expert's own metric."""
-        plan = result.plan
-        assert plan is not None
-        number = next(n for n, s in enumerate(plan.recipe.steps) if s.stage == "decompose")
-        step = plan.recipe.steps[number]
-        if not isinstance(step.options, decompose.MomentOptions):
-            return
-        if getattr(step.options, "share", "none") != "none" or plan.prepared < number:
-            return
-        state = json.loads((plan.recipe.output / ".mctk" / "manifest.json").read_text())
-        sizes = size_from_record(state["sizes"])
-        preparation = Preparation.of(plan, self.cache)
-        shares = []
-        for layer, names in plan.targets[number].items():
-            for name, parts in self._spectra(preparation, layer, names).items():
-                shares.append(_shares(parts, sizes[number, layer, name]))
-        if shares:
-            means = (statistics.fmean(share) for share in zip(*shares, strict=True))
-            result.figures |= dict(zip(("residual", "rank", "lost"), means, strict=True))
-
-    def _spectra(
-        self, preparation: Preparation, layer: int, names: list[str]
-    ) -> dict[str, list[tuple[float, torch.Tensor]]]:
-        """Per bank, for each expert, its energy and its residual's squared singular values."""
-        plan, store = preparation.plan, preparation.store
-        key = "original" if store is None else str(store.path(layer))
-        names = [
-            name
-            for name in names
-            if decompose.moment_need(name, plan.sites[layer][name].shape).side == "input"
-        ]
-        if any((f"{key} {layer}", name) not in self.known for name in names):
-            values = preparation.statistics(layer)
-            with plan.model.layer(layer) as module:
-                original = read_banks(module, layer)
-                prepared = preparation.banks(layer, original)
-                for name in names:
-                    bank = (original if prepared is None else prepared[0])[name]
-                    moment = values[decompose.moment_need(name, bank.shape)].value
-                    self.known[f"{key} {layer}", name] = _spectra(bank, moment)
-        return {name: self.known[f"{key} {layer}", name] for name in names}
-
-
-def _spectra(bank: Bank, moment: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
-    found = []
-    for residual, (e, own) in zip(decompose.matrices(bank).weight, enumerate(moment), strict=True):
+    energy = left = lost = 0.0
+    ranks = []
+    for e, residual in enumerate(decompose.matrices(bank).weight):
         weight = bank.materialise(e)[0]
         assert weight is not None
-        energy = loss(weight, torch.zeros_like(weight), own)
-        found.append((energy, metric_svd(residual, input_moment=own).spectrum))
-    return found
-
-
-def _shares(
-    parts: list[tuple[float, torch.Tensor]], rank: int | None
-) -> tuple[float, float, float]:
-    """Of one bank: the residuals' share of the energy, the rank of most of it, what is lost."""
-    energy = sum(own for own, _ in parts)
-    left = sum(float(spectrum.sum()) for _, spectrum in parts)
-    lost = 0.0 if rank in (None, DENSE) else sum(float(s[rank:].sum()) for _, s in parts)
-    ranks = [int((s.cumsum(0) < MOST * s.sum()).sum()) + 1 for _, s in parts if s.any()]
-    return left / energy, statistics.fmean(ranks) / len(parts[0][1]), lost / energy
+        energy += loss(weight, torch.zeros_like(weight), moment[e])
+        spectrum = metric_svd(residual, input_moment=moment[e]).spectrum
+        whole = float(spectrum.sum())
+        left += whole
+        lost += 0.0 if rank in (None, DENSE) else float(spectrum[rank:].sum())
+        if whole:  # an expert alone in its cluster leaves nothing
+            ranks.append((int((spectrum.cumsum(0) < MOST * whole).sum()) + 1) / len(spectrum))
+    return left / energy, statistics.fmean(ranks), lost / energy
 
 
 def change(result: Result, reference: Result) -> str:
@@ -359,6 +336,8 @@ def show(found: dict[float, list[Result]]) -> None:
             ]
             print(f"**{group}**, {100 * remove:g} % removed\n")
             print(Table(columns, rows).markdown() + "\n")
+        if done:
+            print(f"Perplexity of the original: {done[0].figures['original']:.2f}")
         for figure in ("layer_error", "lost"):
             pairs = [
                 (r.figures[figure], r.figures["perplexity"]) for r in done if figure in r.figures
@@ -404,9 +383,9 @@ def main() -> None:
     run_rows(every, options, registry)
     done = [result for result in every if result.figures]
     if done and done[0].plan is not None:
-        residuals = Residuals(done[0].plan, options.cache)
+        cache = statistics_of(done[0].plan, options.cache)
         for result in done:
-            residuals.look(result)
+            look(result, cache)
     show(found)
 
 

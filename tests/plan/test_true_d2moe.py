@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.plan.true_headers import (
     write_model,
 )
 
+pytestmark = pytest.mark.usefixtures("modules_cache")
 RECIPES = Path(__file__).parents[2] / "recipes"
 GB = 10**9
 
@@ -89,17 +89,6 @@ MODELS = {
 @pytest.fixture(scope="module")
 def registry():
     return load_plugins()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies remote code to."""
-    import transformers.dynamic_module_utils
-
-    place = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def experts_entry(**changes) -> dict:
         ("model.norm", linear_entry(), "MixtralRMSNorm is not a linear layer"),
         ("lm_head", linear_entry(), r"module lm_head: terms\.linear\[0\]\.out: is 32, .* has 96"),
         ("lm_head", {"type": "linear"}, "must have 'type' and 'terms'"),
-        ("lm_head", {"type": "dense", "terms": []}, "type: must be 'experts' or 'linear'"),
+        ("lm_head", {"type": "dense", "terms": []}, "type: must be 'experts', 'expert_list'"),
         ("lm_head", {"type": "linear", "terms": {}}, "terms: must be a list"),
         ("lm_head", {"type": "experts", "terms": {}}, "Linear is not an experts module"),
         ("model.layers.0.mlp.experts", {"type": "linear", "terms": []}, "is not a linear layer"),

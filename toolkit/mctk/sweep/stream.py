@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -268,8 +269,11 @@ def _return_memory() -> None:
     """Gives a freed layer's memory back to the system.
 
     glibc keeps freed blocks of some megabytes, in an arena for each thread that ever loaded a
-    tensor; over many layers the holes between them add up to another layer or more.
+    tensor; over many layers the holes between them add up to another layer or more. And what
+    listened to a layer hangs together in circles, with the layer's statistics: those wait for the
+    garbage collector, which would come at its own time.
     """
+    gc.collect()
     trim = _trimmer()
     if trim is not None:
         trim(0)
