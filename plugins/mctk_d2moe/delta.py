@@ -29,7 +29,7 @@ class DeltaOptions(MomentOptions):
     share: Literal["none", "v", "both"] = Field(
         default="none",
         description="none: U and V for every expert, in the metric of its own tokens; v: one V for "
-        "all, in the metric of all tokens together (few_tokens and min_tokens then have no say); "
+        "all, in the metric of all tokens together (few_tokens and min_tokens are then refused); "
         "both: the mean of the U as well, so that all experts get the same correction",
     )
 

@@ -164,16 +164,13 @@ def matrices(bank: Bank) -> Dense:
     Raises:
         UserError: There is none, or it covers only some rows or columns.
     """
-    from mctk.terms import Dense
-
-    dense = [term for term in bank.terms if isinstance(term, Dense)]
-    if not dense:
+    most = bank.matrices()
+    if most is None:
         kinds = ", ".join(term.kind for term in bank.terms) or "no terms"
         raise UserError(
             f"{bank.name} of layer {bank.layer} holds no full matrices to decompose ({kinds}): "
             "each bank can be decomposed once"
         )
-    most = max(dense, key=lambda term: term.weight.shape[0])
     if most.rows is not None or most.cols is not None:
         raise UserError(
             f"{bank.name} of layer {bank.layer} was pruned to some of its channels before: "

@@ -12,7 +12,6 @@ from ..files import write_text
 from ..models import EXPERTS_IMPLEMENTATION, read_banks
 from ..statistics import LayerCollector, Need, StatisticsCache
 from ..sweep import BoundaryStore, ForwardSweep, LayerVisit, StreamedModel
-from .prepare import is_current
 from .progress import Reporter
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def calibrate(
         The number of sweeps that it took: 0 if everything was in the cache.
     """
     needs = {
-        layer: [need for need in wanted if not need.gradient and not is_current(need)]
+        layer: [need for need in wanted if not need.gradient and not need.current]
         for layer, wanted in needs.items()
     }
     missing = {

@@ -90,8 +90,7 @@ def _call(
         name = names[0]
         # A bias is no matrix: it stays beside whatever replaces the weights.
         biases = [term for term in now[name].terms if isinstance(term, Bias)]
-        weights = [term for term in now[name].terms if not isinstance(term, Bias)]
-        bank = Bank(name, now[name].layer, now[name].shape, weights)
+        bank = now[name].without_biases()
         found = {name: [*method.decompose(bank, statistics, size, step.options), *biases]}
     elif step.stage in ("compensate", "distill"):
         before = {name: original[name] for name in names}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from ..models import installed, read_banks
+from ..models import installed, neighbours, read_banks
 from ..statistics import (
     GradientCollector,
     LayerCollector,
@@ -59,7 +59,7 @@ class Preparation:
 
     def cache_of(self, need: Need, layer: int) -> StatisticsCache:
         """The cache that holds a statistic of a layer."""
-        if self.store is not None and is_current(need):
+        if self.store is not None and need.current:
             return self.cache.derived(self.store.identity(layer))
         return self.cache
 
@@ -115,11 +115,6 @@ class Preparation:
         """Layer → bank → terms without data, of everything that was prepared."""
         store = self.store
         return {} if store is None else {layer: store.meta(layer) for layer in store.layers()}
-
-
-def is_current(need: Need) -> bool:
-    """Whether a statistic is of what earlier steps leave."""
-    return getattr(need, "of", "original") == "current"
 
 
 def gradient_needs(preparation: Preparation) -> dict[int, list[Need]]:
@@ -313,7 +308,7 @@ def measure_current(
             wanted = [
                 need
                 for need in needs
-                if is_current(need) and not preparation.cache_of(need, layer).has(need, layer)
+                if need.current and not preparation.cache_of(need, layer).has(need, layer)
             ]
             if wanted:
                 assert preparation.store is not None
@@ -357,17 +352,18 @@ def _measure_layer(
     banks, rewritten = prepared
     sites = preparation.plan.sites[index]
     in_place = store.in_place(index)
-    modules = {sites[name].module for name in rewritten}
-    whole = {name: banks[name] for name, site in sites.items() if site.module in modules}
     outputs = []
     with contextlib.ExitStack() as stack:
         if not in_place:
+            whole = {name: banks[name] for name in neighbours(sites, rewritten)}
             stack.enter_context(installed(layer.module, whole, model.dtype))
         collector = LayerCollector(layer.module, index, sites, banks, needs, model.device)
         stack.enter_context(collector.listening())
         for b in range(len(layer.inputs)):
-            outputs.append(layer.run(b).cpu())
+            output = layer.run(b)
+            if in_place:
+                outputs.append(output.cpu())
         result = collector.result()
     for need in needs:
         preparation.cache_of(need, index).put(need, index, result[need])
-    return outputs if in_place else []
+    return outputs

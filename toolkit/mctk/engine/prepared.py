@@ -22,7 +22,7 @@ from ..files import write_tensors
 from ..runtime import meta_tensors
 from ..statistics import StatisticsCache
 from ..statistics.cache import CHECKSUM, checksum
-from ..terms import Bank, Bias, Dense, Term
+from ..terms import Bank, Dense, Term
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -51,7 +51,7 @@ class PreparedStore:
             layer: {
                 f"{number}.{bank}": sizes[number, layer, bank]
                 for number in range(plan.prepared)
-                if plan.reads_size(number, layer)
+                if plan.reads_size(number, layer, sizes)
                 for bank in plan.targets[number].get(layer, [])
             }
             for layer in self.layers()
@@ -196,8 +196,7 @@ def make_residual(original: Bank, others: list[Term]) -> Dense:
 
 def _residuals(original: Bank, others: list[Term]) -> Any:
     """Yields for each member the original's matrix [out, in] less the others', in float32."""
-    matrices = [term for term in others if not isinstance(term, Bias)]
-    rest = Bank(original.name, original.layer, original.shape, matrices)
+    rest = Bank(original.name, original.layer, original.shape, others).without_biases()
     for member in range(original.shape.members):
         exact = original.materialise(member)[0]
         part = rest.materialise(member)[0]

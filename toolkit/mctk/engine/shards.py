@@ -13,7 +13,7 @@ from ..checkpoint import Source, read_header
 from ..checkpoint.source import FLOATING, INDEX
 from ..errors import UserError
 from ..files import write_json, write_tensors
-from ..models import module_specs, module_tensors, own_tensors
+from ..models import module_specs, module_tensors, neighbours, own_tensors
 from ..runtime import checkpoint_config
 from ..terms import Bank, Term
 
@@ -45,11 +45,9 @@ def cast_terms(
         UserError: Values overflow the storage dtype.
     """
     sites = plan.sites[layer]
-    modules = {sites[name].module for name in rewritten}
     stored = {}
-    for name, site in sites.items():
-        if site.module not in modules:
-            continue
+    for name in neighbours(sites, rewritten):
+        site = sites[name]
         dtype = (plan.storage_dtype if name in rewritten else plan.source_dtype)(layer, site)
         terms: list[Term] = [term.to(dtype=dtype) for term in banks[name].terms]
         for term in terms:

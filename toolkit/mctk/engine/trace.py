@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..models import BankSite, installed
+from ..models import BankSite, installed, neighbours
 from ..runtime import observe
 from ..sweep import LayerCall, StreamedModel
 from ..terms import Bank, Term
@@ -144,8 +144,7 @@ class LayerTrace:
 
     def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:
         """All banks of every module that holds one of the named."""
-        modules = {self.sites[name].module for name in names}
-        return {n: banks[n] for n, site in self.sites.items() if site.module in modules}
+        return {name: banks[name] for name in neighbours(self.sites, names)}
 
 
 def _in_float32(bank: Bank, member: int) -> tuple[torch.Tensor, torch.Tensor]:

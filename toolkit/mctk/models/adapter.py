@@ -13,7 +13,7 @@ Bank names: `experts.gate|up|down`; for linears the module's path without its Mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from ..runtime import (
     TermExperts,
     TermLinear,
     TermModule,
+    gate_up_rows,
     is_expert_list,
     join,
     list_layout,
@@ -61,6 +62,12 @@ class BankSite:
     part: str
     shape: BankShape
     bias: bool
+
+
+def neighbours(sites: Mapping[str, BankSite], names: Iterable[str]) -> list[str]:
+    """The banks of every module that holds a named one: they are swapped and stored together."""
+    modules = {sites[name].module for name in names}
+    return [name for name, site in sites.items() if site.module in modules]
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -293,14 +300,6 @@ def _expert_terms(module: nn.Module, site: BankSite) -> list[Term]:
     return terms
 
 
-def _rows(module: nn.Module, part: str, size: int) -> slice:
-    """Which rows of the fused gate-and-up output belong to a part."""
-    if not module.is_concatenated:
-        return slice(0 if part == "gate" else 1, None, 2)
-    half = size // 2
-    return slice(0, half) if part == "gate" else slice(half, None)
-
-
 def _unfuse(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [E, out, in] and bias [E, out] of one part, as views of what the module holds."""
     if isinstance(module, nn.ModuleList):
@@ -313,7 +312,7 @@ def _unfuse(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | 
     if module.is_transposed:
         weight = weight.transpose(1, 2)
     if name == "gate_up_proj":
-        rows = _rows(module, part, weight.shape[1])
+        rows = gate_up_rows(module, part, weight.shape[1] // 2)
         weight = weight[:, rows]
         bias = bias[:, rows] if bias is not None else None
     return weight, bias

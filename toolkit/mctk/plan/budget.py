@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..terms import DENSE, Bias, SizeCurve, Term
-from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
+from ..terms import DENSE, Bank, SizeCurve, Term
+from .layout import DataDecide, MetaTerms, apply_layout, banks_now, lay_out_layer
 
 TOLERANCE = 0.005  # of the original: how far below its budget a run may end
 
@@ -39,6 +39,7 @@ def set_budget(plan: Plan) -> None:
     total = plan.original.bytes if in_bytes else plan.original.parameters
     plan.scope = _scope(plan, total, cost)
     plan.allowed = math.floor(budget.kept * plan.scope + 1e-6)
+    plan.share = _even_share(plan)
     try:
         # Everything as it is with the auto steps left out; what they would rewrite comes off.
         fixed = plan.sizes()
@@ -95,31 +96,26 @@ def _check_overlap(plan: Plan, auto: list[int]) -> None:
                     )
 
 
-def even_share(plan: Plan, layer: int, names: list[str]) -> int | None:
-    """The parameters that an even share of the budget leaves some banks; None without a budget.
+def _even_share(plan: Plan) -> float:
+    """The share of their parameters that the budget leaves the auto steps' banks, split evenly.
 
-    Counted as if only the banks of auto steps changed.
+    Counted as if only those banks changed.
     """
-    recipe = plan.recipe
-    if recipe.budget is None or plan.allowed is None:
-        return None
-    in_bytes = recipe.budget.unit == "bytes"
+    assert plan.recipe.budget is not None and plan.allowed is not None
+    in_bytes = plan.recipe.budget.unit == "bytes"
     touched = {
-        (index, bank)
-        for number, step in enumerate(recipe.steps)
+        (layer, bank)
+        for number, step in enumerate(plan.recipe.steps)
         if step.auto
-        for index, banks in plan.targets[number].items()
+        for layer, banks in plan.targets[number].items()
         for bank in banks
     }
-    weights = {
-        (index, bank): plan.sites[index][bank].shape.parameters
-        * (plan.source_dtype(index, plan.sites[index][bank]).itemsize if in_bytes else 1)
-        for index, bank in touched
-    }
-    whole = sum(weights.values())
-    share = max(0.0, (plan.allowed - (plan.scope - whole)) / whole)
-    own = sum(plan.sites[layer][name].shape.parameters for name in names)
-    return math.floor(share * own)
+    whole = 0
+    for layer, bank in touched:
+        site = plan.sites[layer][bank]
+        itemsize = plan.source_dtype(layer, site).itemsize if in_bytes else 1
+        whole += site.shape.parameters * itemsize
+    return max(0.0, (plan.allowed - (plan.scope - whole)) / whole)
 
 
 def _check_feasible(plan: Plan) -> None:
@@ -176,15 +172,16 @@ def _curve(
         in_bytes: Whether costs are bytes; parameters otherwise.
     """
     step, sites = plan.recipe.steps[number], plan.sites[layer]
-    settings, costs = plan.costs(number, layer, names)
+    before = lay_out_layer(plan, fixed, number, layer)
+    banks = banks_now(plan, layer, names, before)
+    settings, costs = plan.costs(number, banks)
     if settings[-1] != DENSE:
         raise ValueError(f"{step.stage}/{step.method.name}: sizes() must end with DENSE")
     if in_bytes:
-        costs = _costs_in_bytes(plan, fixed, number, layer, names, settings, costs)
+        costs = _costs_in_bytes(plan, number, before, banks, settings, costs)
     pairs = [(s, c) for s, c in zip(settings, costs, strict=True) if c < costs[-1]]
-    banks = banks_now(plan, layer, names, lay_out_layer(plan, fixed, number, layer))
     original = sum(sites[name].shape.parameters for name in names)
-    grown = sum(t.parameters() for b in banks.values() for t in b.terms if t.kind != Bias.kind)
+    grown = sum(bank.without_biases().parameters() for bank in banks.values())
     if not pairs or step.stage != "decompose" or grown <= original:
         pairs.append((DENSE, costs[-1]))
     curve = SizeCurve(
@@ -195,16 +192,15 @@ def _curve(
 
 def _costs_in_bytes(
     plan: Plan,
-    fixed: Size,
     number: int,
-    layer: int,
-    names: list[str],
+    before: MetaTerms,
+    banks: dict[str, Bank],
     settings: list[int],
     parameters: list[int],
 ) -> list[int]:
     """What each setting stores in bytes: positions count, and dtypes may change."""
-    before = lay_out_layer(plan, fixed, number, layer)
-    banks = banks_now(plan, layer, names, before)
+    names = list(banks)
+    layer = banks[names[0]].layer
     present = sum(bank.nbytes() for bank in banks.values())
     widest = max(term.dtype.itemsize for bank in banks.values() for term in bank.terms)
     dense = parameters[-1] * widest

@@ -9,12 +9,11 @@ from ..checkpoint import ModelSizes, expert_macs, experts_per_token
 from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
 from ..evaluate.harness import check_tasks
-from ..models import BankSite
 from ..statistics import Need, size_of
 from ..terms import DENSE
 from .budget import TOLERANCE
-from .layout import DataDecide, lay_out_layer
-from .plan import Plan, Size
+from .layout import DataDecide, MetaTerms, lay_out_layer
+from .plan import Plan, Size, count_model
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -26,7 +25,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     """
     recipe, model = plan.recipe, plan.model
     sizes = None if plan.needs_curves or plan.pending else plan.solve()
-    predicted = plan.predict(sizes) if sizes is not None else None
+    changed = None if sizes is None else plan.layout(sizes)
+    predicted = None if changed is None else count_model(model, changed)
     exact = predicted is not None
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
     bound = None
@@ -36,10 +36,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         most = plan.original.as_dict()[unit] - gone
         bound = {"unit": unit, "most": most, "least": most - int(TOLERANCE * plan.scope)}
     needs = [need for layer in plan.needs.values() for need in layer]
-    current = any(getattr(need, "of", "original") == "current" for need in needs)
+    current = any(need.current for need in needs)
     sweeps, backward = bool(needs) + current, int(any(need.gradient for need in needs))
     again = bool(recipe.calibration and (recipe.calibration.keep_every or 1) > 1)
-    layers = _layers(plan, sizes)
+    layers = _layers(plan, sizes, changed)
     return {
         "model": {
             "path": str(plan.source.path),
@@ -57,7 +57,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "exact": exact,
             "bound": bound,
         },
-        "speed": _speed(plan, sizes),
+        "speed": _speed(plan, changed),
         "layers": layers,
         "statistics": _statistics(plan),
         "sweeps": sweeps,
@@ -83,14 +83,13 @@ def _grown(layers: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _speed(plan: Plan, sizes: Size | None) -> dict[str, Any] | None:
+def _speed(plan: Plan, changed: MetaTerms | None) -> dict[str, Any] | None:
     """How much less the routed experts multiply for a token: a bound on their speed-up.
 
     What experts share counts once per token, as the run time computes it. With one base of which p
     is kept and low-rank differences of ratio ρ, k experts of a token cost ``p + k ρ`` instead of k.
     None where the sizes are not known yet, or nothing is routed.
     """
-    changed = None if sizes is None else plan.layout(sizes)
     k = experts_per_token(plan.model.config)
     before = expert_macs(plan.model.layers, k, {})
     if changed is None or not before:
@@ -120,10 +119,11 @@ def _step(plan: Plan, number: int) -> dict[str, Any]:
     }
 
 
-def _layers(plan: Plan, sizes: Any) -> list[dict[str, Any]]:
+def _layers(plan: Plan, sizes: Size | None, changed: MetaTerms | None) -> list[dict[str, Any]]:
     """Per layer and targeted bank: its shape, and its setting and parameters where known."""
-    # Without sizes: what is certain is shown, banks of auto steps as they are before them.
-    changed = plan.layout(sizes if sizes is not None else plan.sizes())
+    if sizes is None:
+        # What is certain is shown, banks of auto steps as they are before them.
+        changed = plan.layout(plan.sizes())
     rows = []
     for layer, sites in enumerate(plan.sites):
         for name, site in sites.items():
@@ -313,19 +313,19 @@ def _prepared_bytes(plan: Plan) -> int:
         return 0
     total = 0
     try:
+        fixed = plan.sizes()
         for layer, sites in enumerate(plan.sites):
-            changed = lay_out_layer(plan, plan.sizes(), plan.prepared, layer)
+            changed = lay_out_layer(plan, fixed, plan.prepared, layer)
             for name, terms in changed.get(layer, {}).items():
                 each = tuple(range(sites[name].shape.members))
                 total += 4 * sum(t.parameters() for t in terms if t.slots != each)
     except DataDecide:
-        names = [(sites, n) for sites, step in _first_targets(plan) for n in step]
-        return 2 * sum(sites[name].shape.parameters for sites, name in names)
+        return 2 * sum(
+            plan.sites[layer][name].shape.parameters
+            for layer, names in plan.targets[0].items()
+            for name in names
+        )
     return total
-
-
-def _first_targets(plan: Plan) -> list[tuple[dict[str, BankSite], list[str]]]:
-    return [(plan.sites[layer], names) for layer, names in plan.targets[0].items()]
 
 
 def _most_bytes(plan: Plan) -> int:

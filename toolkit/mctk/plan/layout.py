@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..checkpoint import original_terms
 from ..errors import UserError
+from ..models import neighbours
 from ..terms import Bank, Bias, Term
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def banks_now(plan: Plan, layer: int, names: list[str], changed: MetaTerms) -> d
         site = plan.sites[layer][name]
         terms = changed.get(layer, {}).get(name)
         if terms is None:
-            terms = original_terms(site, plan.source_dtype(layer, site))
+            terms = plan.original_terms(layer, site)
         found[name] = Bank(name, layer, site.shape, list(terms))
     return found
 
@@ -43,10 +43,7 @@ def step_banks(plan: Plan, number: int, banks: Mapping[str, Bank]) -> dict[str, 
     """The banks as a step's hooks get them: `decompose` is spared the biases."""
     if plan.recipe.steps[number].stage != "decompose":
         return dict(banks)
-    return {
-        name: Bank(name, bank.layer, bank.shape, [t for t in bank.terms if not isinstance(t, Bias)])
-        for name, bank in banks.items()
-    }
+    return {name: bank.without_biases() for name, bank in banks.items()}
 
 
 def apply_layout(
@@ -78,23 +75,22 @@ def apply_layout(
         now[name] = [term.to(dtype=dtype) for term in (*terms, *kept)]
 
 
-def lay_out(plan: Plan, sizes: Size, steps: int | None = None) -> MetaTerms:
-    """Applies the first `steps` steps (all by default); only banks that they rewrite appear.
+def lay_out(plan: Plan, sizes: Size) -> MetaTerms:
+    """Applies all steps to all layers; see `lay_out_layer`."""
+    changed: MetaTerms = {}
+    for layer in range(len(plan.sites)):
+        changed |= lay_out_layer(plan, sizes, len(plan.recipe.steps), layer)
+    return changed
+
+
+def lay_out_layer(plan: Plan, sizes: Size, steps: int, layer: int) -> MetaTerms:
+    """Applies the first `steps` steps to a layer; only banks that they rewrite appear.
 
     Where the prepared steps have been run, what they made is taken instead.
 
     Raises:
         DataDecide: Only data can tell.
     """
-    end = len(plan.recipe.steps) if steps is None else steps
-    changed: MetaTerms = {}
-    for layer in range(len(plan.sites)):
-        changed |= lay_out_layer(plan, sizes, end, layer)
-    return changed
-
-
-def lay_out_layer(plan: Plan, sizes: Size, steps: int, layer: int) -> MetaTerms:
-    """The same for one layer."""
     changed: MetaTerms = {}
     first = 0
     if plan.prepared_terms is not None and steps >= plan.prepared:
@@ -116,10 +112,8 @@ def with_neighbours(plan: Plan, changed: MetaTerms) -> MetaTerms:
     whole: MetaTerms = {}
     for layer, banks in changed.items():
         sites = plan.sites[layer]
-        modules = {sites[bank].module for bank in banks}
         whole[layer] = {
-            name: banks[name] if name in banks else plan.original_terms(layer, site)
-            for name, site in sites.items()
-            if site.module in modules
+            name: banks[name] if name in banks else plan.original_terms(layer, sites[name])
+            for name in neighbours(sites, banks)
         }
     return whole

@@ -63,7 +63,7 @@ def find_needs(plan: Plan) -> None:
             for bank in banks:
                 for need in step.method.needs(sites[bank].shape, bank, step.options):
                     prepared = number + 1 if need.transient else 0
-                    if getattr(need, "of", "original") == "current":
+                    if need.current:
                         prepared = _steps_before(plan, number, layer, bank, need)
                         if not prepared:
                             need = dataclasses.replace(need, **{"of": "original"})

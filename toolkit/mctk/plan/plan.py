@@ -23,16 +23,16 @@ from ..checkpoint import (
     original_terms,
 )
 from ..checkpoint.weights import TORCH_DTYPES
-from ..errors import CheckpointError, UserError
+from ..errors import UserError
 from ..models import BankSite, bank_sites
 from ..statistics import Need
 from ..sweep import StreamedModel
 from ..terms import DENSE, Bank, SizeCurve, Term
-from .budget import even_share, set_budget
+from .budget import set_budget
+from .checks import check_fused, check_gradients, check_routing, warn
 from .layout import (
     DataDecide,
     MetaTerms,
-    apply_layout,
     banks_now,
     groups,
     lay_out,
@@ -63,6 +63,7 @@ class Plan:
         curves: The size curves of all `auto` banks, without errors.
         budget: What the auto banks may cost in all, in the budget's unit; None without a budget.
         allowed: What the budget's scope may cost in all.
+        share: What an even split of it leaves the auto steps' banks of their parameters.
         scope: What it costs in the original.
         original: Sizes of the original.
         prepared: How many steps, from the first, are run before others' statistics are taken.
@@ -80,6 +81,7 @@ class Plan:
     allowed: int | None
     scope: int
     original: ModelSizes
+    share: float | None = None
     prepared: int = 0
     prepared_terms: MetaTerms | None = None
     warnings: list[str] = field(default_factory=list)
@@ -158,15 +160,21 @@ class Plan:
             chosen: The settings of the auto items; by default they change nothing.
         """
         found: Size = {}
-        for number, step in enumerate(self.recipe.steps):
+        for number in range(len(self.recipe.steps)):
             for layer in self.targets[number]:
-                for names in self.groups(number, layer):
-                    size: int | None = DENSE
-                    if step.auto and chosen is not None:
-                        size = chosen[number, layer, "+".join(names)]
-                    elif not step.auto:
-                        size = self.setting(number, layer, names)
-                    found |= {(number, layer, name): size for name in names}
+                found |= self._step_sizes(number, layer, chosen)
+        return found
+
+    def _step_sizes(self, number: int, layer: int, chosen: Mapping[Item, int] | None) -> Size:
+        """One step's sizes in one layer; see `sizes`."""
+        found: Size = {}
+        for names in self.groups(number, layer):
+            size: int | None = DENSE
+            if not self.recipe.steps[number].auto:
+                size = self.setting(number, layer, names)
+            elif chosen is not None:
+                size = chosen[number, layer, "+".join(names)]
+            found |= {(number, layer, name): size for name in names}
         return found
 
     def layout(self, sizes: Size) -> MetaTerms | None:
@@ -222,7 +230,10 @@ class Plan:
         step = self.recipe.steps[number]
         size, where = step.size, ("steps", number, "size")
         if size is None:
-            return even_share(self, layer, names) if step.stage == "merge" else None
+            if step.stage != "merge" or self.share is None:
+                return None
+            whole = sum(self.sites[layer][name].shape.parameters for name in names)
+            return math.floor(self.share * whole)
         banks = f"{', '.join(names)} of layer {layer}"
         if size.rank is not None and step.stage == "decompose":
             shape = self.sites[layer][names[0]].shape
@@ -235,7 +246,11 @@ class Plan:
         if size.rank is not None:
             return size.rank
         assert size.keep is not None  # a size that is not auto has a rank or a share
-        settings, costs = self.costs(number, layer, names)
+        fixed: Size = {}
+        for earlier in range(number):
+            fixed |= self._step_sizes(earlier, layer, None)
+        now = lay_out_layer(self, fixed, number, layer)
+        settings, costs = self.costs(number, banks_now(self, layer, names, now))
         whole = costs[-1]  # of what the step rewrites: the matrices, or a base among them
         fitting = [s for s, c in zip(settings, costs, strict=True) if c <= size.keep * whole]
         if not fitting:
@@ -245,29 +260,24 @@ class Plan:
             )
         return fitting[-1]
 
-    def costs(self, number: int, layer: int, names: list[str]) -> tuple[list[int], list[int]]:
-        """A step's settings and their parameters on some banks, after the steps before it.
-
-        Steps before it whose size the budget decides count as leaving the banks as they are.
-        """
-        fixed = {
-            (n, layer, name): (
-                DENSE if step.auto else self.setting(n, layer, self.group_of(n, layer, name))
-            )
-            for n, step in enumerate(self.recipe.steps[:number])
-            for name in self.targets[n].get(layer, [])
-        }
-        banks = banks_now(self, layer, names, lay_out_layer(self, fixed, number, layer))
+    def costs(self, number: int, banks: Mapping[str, Bank]) -> tuple[list[int], list[int]]:
+        """A step's settings, and their parameters, on banks as the steps before it leave them."""
         step = self.recipe.steps[number]
         try:
-            return step.method.sizes(step_banks(self, number, banks), step.options)
+            return step.method.sizes(self.step_banks(number, banks), step.options)
         except UserError as error:
             raise self.recipe.error(("steps", number), str(error)) from error
 
-    def reads_size(self, number: int, layer: int) -> bool:
-        """Whether what a step makes of a layer depends on its size: data and size decide both."""
+    def reads_size(self, number: int, layer: int, sizes: Size) -> bool:
+        """Whether what a step makes of a layer depends on its size: data and size decide both.
+
+        Args:
+            number: The step.
+            layer: The layer.
+            sizes: All sizes, as `sizes` gives them.
+        """
         try:
-            lay_out_layer(self, self.sizes(), number + 1, layer)
+            lay_out_layer(self, sizes, number + 1, layer)
         except DataDecide:
             return True
         return self.recipe.steps[number].size is not None
@@ -327,11 +337,9 @@ def make_plan(
         source = open_source(recipe.model, recipe.revision, weights)
         model = StreamedModel(source, device, recipe.dtype, recipe.trust_remote_code)
     if "quantization_config" in model.source.config:
-        raise UserError(
-            f"{model.source.path}: is compressed already; compress the original, or export it first"
-        )
+        raise UserError(f"{model.source.path}: is compressed already; compress the original")
     sites = [bank_sites(layer) for layer in model.layers]
-    _check_routing(model, sites)
+    check_routing(model, sites)
     if recipe.propagate == "compressed":
         raise recipe.error(
             ("calibration", "propagate"),
@@ -343,105 +351,8 @@ def make_plan(
     original = count_model(model, {})
     plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original)
     find_needs(plan)
-    _check_gradients(plan)
-    _check_fused(plan)
+    check_gradients(plan)
+    check_fused(plan)
     set_budget(plan)
-    _warn(plan)
+    warn(plan)
     return plan
-
-
-def _check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
-    """A router cannot choose more experts than there are."""
-    for layer, banks in enumerate(sites):
-        experts = min((s.shape.members for s in banks.values() if s.part == "down"), default=None)
-        if experts is not None and experts_per_token(model.config) > experts:
-            raise CheckpointError(
-                f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
-                f"per token, and layer {layer} has {experts}"
-            )
-
-
-def _check_gradients(plan: Plan) -> None:
-    """Gradients underflow in float16, and of data and model labels one kind a step is taken."""
-    gradients = [n for needs in plan.needs.values() for n in needs if n.gradient]
-    if gradients and plan.model.dtype == torch.float16:
-        raise plan.recipe.error(
-            ("dtype",),
-            f"{type(gradients[0]).__name__} needs gradients, which underflow in float16; write "
-            "bfloat16 or float32",
-        )
-    calibration = plan.recipe.calibration
-    if not gradients and calibration is not None and calibration.keep_every is not None:
-        raise plan.recipe.error(
-            ("calibration", "keep_every"), "has no effect: no step needs gradients"
-        )
-    labels = {getattr(need, "labels", None) for need in gradients if need.transient}
-    if len(labels) > 1:
-        raise plan.recipe.error(
-            ("steps",), "steps of one recipe ask for gradients with different labels; not supported"
-        )
-
-
-def _check_fused(plan: Plan) -> None:
-    """A source tensor may not feed a changed module and an unchanged one at once."""
-    changed = {
-        f"{plan.model.layers_path}.{layer}.{plan.sites[layer][bank].module}."
-        for step in plan.targets
-        for layer, banks in step.items()
-        for bank in banks
-    }
-    prefixes = tuple(changed)
-    for name, names in plan.model.weights.targets.items():
-        inside = [target for target in names if target.startswith(prefixes)]
-        if inside and len(inside) < len(names):
-            other = next(t for t in names if not t.startswith(prefixes))
-            raise UserError(
-                f"steps: {inside[0]} and {other} are one tensor in the checkpoint ({name}); "
-                "target both or neither"
-            )
-
-
-def _warn(plan: Plan) -> None:
-    """Notes what is legal but surprising."""
-    unread = plan.model.weights.unread
-    if unread:
-        plan.warnings.append(
-            f"{len(unread)} tensors are not read by transformers ({unread[0]} ...): copied as is"
-        )
-    longest = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
-    evaluate = plan.recipe.evaluate
-    lengths = [text.length for text in evaluate.perplexity] if evaluate is not None else []
-    if plan.recipe.calibration is not None:
-        lengths.append(plan.recipe.calibration.length)
-    if isinstance(longest, int) and max(lengths, default=0) > longest:
-        plan.warnings.append(
-            f"sequences of {max(lengths)} tokens: the model was made for at most {longest}"
-        )
-    for number, step in enumerate(plan.recipe.steps):
-        if step.stage != "decompose" or step.size is None or step.size.rank is None:
-            continue
-        full = {
-            bank
-            for layer, banks in plan.targets[number].items()
-            for bank in banks
-            if _stores_no_less(plan, number, layer, bank)
-        }
-        if full:
-            plan.warnings.append(
-                f"steps.{number}: rank {step.size.rank} stores no less than the dense matrices of "
-                f"{', '.join(sorted(full))}"
-            )
-
-
-def _stores_no_less(plan: Plan, number: int, layer: int, bank: str) -> bool:
-    """Whether a step's stated rank costs a bank as much as its matrices or more."""
-    size = plan.recipe.steps[number].size
-    assert size is not None
-    try:
-        before = lay_out_layer(plan, plan.sizes(), number, layer)
-        after = {layer: dict(before.get(layer, {}))}
-        apply_layout(plan, number, layer, [bank], size.rank, after)
-    except DataDecide:
-        return False
-    now = banks_now(plan, layer, [bank], before)[bank].parameters()
-    return sum(term.parameters() for term in after[layer][bank]) >= now

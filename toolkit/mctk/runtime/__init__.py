@@ -10,14 +10,12 @@ from .expert_list import (
     join,
     linears,
     list_layout,
-    observe,
-    observe_forwards,
-    observe_gradients,
     observed_forward,
 )
-from .experts import Observer, TermExperts, experts_forward
+from .experts import Observer, TermExperts, experts_forward, gate_up_rows
 from .gradients import GradientObserver
 from .linear import TermLinear
+from .listen import observe, observe_forwards, observe_gradients
 from .names import GUARD, IMPLEMENTATION
 from .owner import TermModule, meta_tensors, tensor_name
 from .quantizer import (
@@ -48,6 +46,7 @@ __all__ = [
     "checkpoint_config",
     "dynamic_pruning",
     "experts_forward",
+    "gate_up_rows",
     "is_expert_list",
     "join",
     "linears",

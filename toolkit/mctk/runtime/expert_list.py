@@ -18,20 +18,16 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, UserError
 from ..terms import Bank, BankShape, DynamicDense, Term
 from .dynamic import ColumnNorms, Skips, active_channels, is_enabled
-from .experts import Observer
-from .experts import observe as observe_module
-from .gradients import GradientObserver
-from .gradients import observe_gradients as observe_module_gradients
 from .owner import TermModule
 from .shared import Forward, SharedPath
 
 NAMES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 """What the linear layers of an expert are called; the second names are Mixtral's."""
 ACTIVATION = "act_fn"
-_OBSERVER = "_mctk_list_observer"
+LIST_OBSERVER = "_mctk_list_observer"
 # A list does not know the block that holds it; whoever finds both says so (`join`).
 _BLOCKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, _Routing] = weakref.WeakKeyDictionary()
+_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, Routing] = weakref.WeakKeyDictionary()
 
 
 def linears(expert: nn.Module) -> dict[str, nn.Linear] | None:
@@ -137,7 +133,7 @@ def follow(block: nn.Module, module: nn.Module) -> None:
     """Says which block a list belongs to; dynamic terms will hear of that block's routing."""
     join(block, module)
     if isinstance(module, TermExpertList) and module.dynamic is not None:
-        routing = _FOLLOWED[module] = _Routing(module)
+        routing = _FOLLOWED[module] = Routing(module)
         routing.listen(contextlib.ExitStack())
 
 
@@ -230,7 +226,7 @@ class TermExpertList(TermModule):
             place = torch.empty_like(order)
             place[order] = torch.arange(order.numel(), device=order.device)
             h, y = h[place], y[place]
-        observer = getattr(self, _OBSERVER, None)
+        observer = getattr(self, LIST_OBSERVER, None)
         if observer is not None:
             observer(number, x, h, y)
         return y.reshape(x.shape)
@@ -300,64 +296,7 @@ class _Expert:
         return self.experts(x, self.number)
 
 
-@contextlib.contextmanager
-def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
-    """Tells `observer` of every expert that an experts module or a list of experts runs.
-
-    Raises:
-        ValueError: The module would not run by our loop; see `experts.observe`.
-        UserError: While the forward runs: a list's router does not tell its choices and weights.
-    """
-    if not is_expert_list(module):
-        with observe_module(module, observer):
-            yield
-        return
-    routing = _Routing(module)
-
-    def report(number: int, x: Tensor, h: Tensor, y: Tensor) -> None:
-        x, h, y = (rows.reshape(-1, rows.shape[-1]) for rows in (x, h, y))
-        token, slot, weights, order = routing.rows_of(number, x)
-        if order is not None:
-            x, h, y = x[order], h[order], y[order]
-        observer(number, token, slot, x, h, y, weights)
-
-    with contextlib.ExitStack() as stack:
-        routing.listen(stack)
-        if isinstance(module, TermExpertList):
-            before = getattr(module, _OBSERVER, None)
-            setattr(module, _OBSERVER, report)
-            stack.callback(setattr, module, _OBSERVER, before)
-        else:
-            assert isinstance(module, nn.ModuleList)
-            for number, expert in enumerate(module):
-                _listen_to_expert(stack, expert, number, report)
-        yield
-
-
-def _listen_to_expert(
-    stack: contextlib.ExitStack,
-    expert: nn.Module,
-    number: int,
-    report: Callable[[int, Tensor, Tensor, Tensor], None],
-) -> None:
-    layers = linears(expert)
-    assert layers is not None
-    entered: list[Tensor] = []
-
-    def before_down(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        entered.append(args[0])
-
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        report(number, args[0], entered.pop(), output)
-
-    for handle in (
-        layers["down"].register_forward_pre_hook(before_down),
-        expert.register_forward_hook(after),
-    ):
-        stack.callback(handle.remove)
-
-
-class _Routing:
+class Routing:
     """What a block's router chose in the forward that is under way.
 
     The router is whichever child of the block gives indices ``[T, k]`` and weights ``[T, k]``.
@@ -456,76 +395,3 @@ def _keys(rows: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator)
     return (bits * factors.to(bits.device)).sum(-1)
-
-
-@contextlib.contextmanager
-def observe_forwards(module: nn.Module, begin: Callable[[int, int], None]) -> Iterator[None]:
-    """Tells of each forward of an experts module or a list of experts before its experts run.
-
-    Args:
-        module: The module.
-        begin: Is called with the number of tokens and of (token, expert) pairs. Of a list whose
-            router does not tell its choices it is never called.
-    """
-
-    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        begin(given["hidden_states"].shape[0], given["top_k_index"].numel())
-
-    with contextlib.ExitStack() as stack:
-        if is_expert_list(module):
-            routing = _Routing(module, begin)
-            routing.listen(stack)
-        else:
-            handle = module.register_forward_pre_hook(called, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-
-
-@contextlib.contextmanager
-def observe_gradients(module: nn.Module, observer: GradientObserver) -> Iterator[None]:
-    """Tells `observer` of the gradients of an experts module or an original list of experts.
-
-    Of a list it hears of "gate", "up" and "down", and all rows bear the token index 0: which
-    sequence a row belongs to is only known where there is one, so a forward may hold one.
-
-    Raises:
-        ValueError: The module is compressed, or would not run by our loop; while the forward runs:
-            a list gets several sequences at once.
-    """
-    if not is_expert_list(module):
-        with observe_module_gradients(module, observer):
-            yield
-        return
-    if not isinstance(module, nn.ModuleList):
-        raise ValueError(f"{type(module).__name__}: gradients are taken of original weights only")
-
-    def one_sequence(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.dim() != 3 or hidden.shape[0] != 1:
-            raise ValueError(
-                f"gradients of a list of experts take one sequence [1, T, H] at a time, not "
-                f"{list(hidden.shape)}"
-            )
-
-    with contextlib.ExitStack() as stack:
-        block = observed_forward(module)
-        handle = block.register_forward_pre_hook(one_sequence, with_kwargs=True)
-        stack.callback(handle.remove)
-        for number, expert in enumerate(module):
-            layers = linears(expert)
-            assert layers is not None
-            for part, layer in layers.items():
-                tap = _gradient_tap(observer, part, number)
-                stack.callback(layer.register_forward_hook(tap).remove)
-        yield
-
-
-def _gradient_tap(observer: GradientObserver, part: str, number: int) -> Callable[..., None]:
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach()
-        token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        output.register_hook(lambda grad: observer(part, number, token, x, grad))
-
-    return after

@@ -264,6 +264,20 @@ class TermExperts(TermModule):
         return self.original_class._apply_gate(self, wide)
 
 
+def gate_up_rows(module: nn.Module, part: str, width: int) -> slice:
+    """Which outputs of an experts module's fused gate and up are those of a part.
+
+    Args:
+        module: An original module with a gate; its flags say how the two lie.
+        part: "gate" or "up".
+        width: I, the outputs of each.
+    """
+    first = part == "gate"
+    if not module.is_concatenated:
+        return slice(0 if first else 1, None, 2)
+    return slice(0, width) if first else slice(width, None)
+
+
 def _layout(original: nn.Module) -> tuple[dict[str, BankShape], torch.dtype]:
     """The shapes of an experts module's banks, and its dtype; refuses what it does not know."""
     name = type(original).__name__

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..runtime import observe, observed_forward
-from ..terms import Bank, Bias, Dense
+from ..terms import Bank
 from .needs import (
     ChannelEnergy,
     ExpertFrequency,
@@ -69,13 +69,11 @@ def _matrices(bank: Bank, of: str, device: torch.device) -> Bank:
     matrix per member (or per group), without a base that the members share.
     """
     if of == "original":
-        terms = [term for term in bank.terms if term.kind != Bias.kind]
-    else:
-        dense = [term for term in bank.terms if isinstance(term, Dense)]
-        if not dense:
-            raise ValueError(f"{bank.name} of layer {bank.layer}: has no dense term left")
-        terms = [max(dense, key=lambda term: term.weight.shape[0]).to(device=device)]
-    return Bank(bank.name, bank.layer, bank.shape, terms)
+        return bank.without_biases()
+    own = bank.matrices()
+    if own is None:
+        raise ValueError(f"{bank.name} of layer {bank.layer}: has no dense term left")
+    return Bank(bank.name, bank.layer, bank.shape, [own.to(device=device)])
 
 
 class _EnergySum:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..runtime import TermModule, observe_forwards, observe_gradients
+from ..runtime import TermModule, gate_up_rows, observe_forwards, observe_gradients
 from .needs import Fisher, Need
 
 if TYPE_CHECKING:
@@ -195,11 +195,7 @@ def _rows(module: nn.Module, site: BankSite) -> slice:
     """Which of the outputs that an experts module computes at once are the bank's."""
     if _matrix(module, site) != "gate_up":
         return slice(None)
-    first = site.part == "gate"
-    if not module.is_concatenated:
-        return slice(0 if first else 1, None, 2)
-    half = site.shape.out_features
-    return slice(0, half) if first else slice(half, None)
+    return gate_up_rows(module, site.part, site.shape.out_features)
 
 
 def _linear_hook(tap: _Tap) -> Callable[..., None]:

@@ -25,6 +25,11 @@ class Need:
     gradient: ClassVar[bool] = False
     transient: ClassVar[bool] = False
 
+    @property
+    def current(self) -> bool:
+        """Whether it is of what earlier steps leave, and not of the original."""
+        return getattr(self, "of", "original") == "current"
+
     def identity(self) -> dict[str, Any]:
         """Kind, version and settings, as JSON."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mctk.terms.dense import Bias, Dense
 from mctk.terms.shape import BankShape
 from mctk.terms.term import Term
 
@@ -55,6 +56,20 @@ class Bank:
             weight = _add(weight, term_weight)
             bias = _add(bias, term_bias)
         return weight, bias
+
+    def without_biases(self) -> Bank:
+        """Returns the bank of the same weights, its constant outputs left out."""
+        terms = [term for term in self.terms if not isinstance(term, Bias)]
+        return Bank(self.name, self.layer, self.shape, terms)
+
+    def matrices(self) -> Dense | None:
+        """Returns the `Dense` term with most slots: the members' own matrices, or what is left.
+
+        After a merge that are the residuals, and not the base that members share. None where the
+        bank holds no full matrices.
+        """
+        dense = [term for term in self.terms if isinstance(term, Dense)]
+        return max(dense, key=lambda term: term.weight.shape[0], default=None)
 
     def parameters(self) -> int:
         """Stored weight elements of all terms."""

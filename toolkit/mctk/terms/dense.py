@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,15 +73,20 @@ class Dense(Term):
 
     @classmethod
     def build(
-        cls, shape: BankShape, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Dense:
-        """See `Term.build`."""
+        cls,
+        shape: BankShape,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        **own: Any,
+    ) -> Self:
+        """See `Term.build`; a kind of dense term adds arguments of its own."""
         return cls(
             shape,
             settings["slots"],
             tensors["weight"],
             rows=tensors.get("rows"),
             cols=tensors.get("cols"),
+            **own,
         )
 
     def macs(self, member: int) -> int:

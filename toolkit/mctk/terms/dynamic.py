@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -87,19 +87,15 @@ class DynamicDense(Dense):
 
     @classmethod
     def build(
-        cls, shape: BankShape, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> DynamicDense:
+        cls,
+        shape: BankShape,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        **own: Any,
+    ) -> Self:
         """See `Term.build`."""
-        return cls(
-            shape,
-            settings["slots"],
-            tensors["weight"],
-            rows=tensors.get("rows"),
-            cols=tensors.get("cols"),
-            drop=settings["drop"],
-            axis=settings["axis"],
-            energy=tensors.get("energy"),
-        )
+        mine = {"drop": settings["drop"], "axis": settings["axis"], "energy": tensors.get("energy")}
+        return super().build(shape, settings, tensors, **mine, **own)
 
     def macs(self, member: int) -> int:
         """See `Term.macs`; skipped channels cost nothing."""

@@ -1,0 +1,113 @@
+"""What a plan refuses or warns of beside targets, needs and budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint import experts_per_token
+from ..errors import CheckpointError, UserError
+from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
+
+if TYPE_CHECKING:
+    from ..models import BankSite
+    from ..sweep import StreamedModel
+    from .plan import Plan
+
+
+def check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
+    """A router cannot choose more experts than there are."""
+    for layer, banks in enumerate(sites):
+        experts = min((s.shape.members for s in banks.values() if s.part == "down"), default=None)
+        if experts is not None and experts_per_token(model.config) > experts:
+            raise CheckpointError(
+                f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
+                f"per token, and layer {layer} has {experts}"
+            )
+
+
+def check_gradients(plan: Plan) -> None:
+    """Gradients underflow in float16, and of data and model labels one kind a step is taken."""
+    gradients = [n for needs in plan.needs.values() for n in needs if n.gradient]
+    if gradients and plan.model.dtype == torch.float16:
+        raise plan.recipe.error(
+            ("dtype",),
+            f"{type(gradients[0]).__name__} needs gradients, which underflow in float16; write "
+            "bfloat16 or float32",
+        )
+    calibration = plan.recipe.calibration
+    if not gradients and calibration is not None and calibration.keep_every is not None:
+        raise plan.recipe.error(
+            ("calibration", "keep_every"), "has no effect: no step needs gradients"
+        )
+    labels = {getattr(need, "labels", None) for need in gradients if need.transient}
+    if len(labels) > 1:
+        raise plan.recipe.error(
+            ("steps",), "steps of one recipe ask for gradients with different labels; not supported"
+        )
+
+
+def check_fused(plan: Plan) -> None:
+    """A source tensor may not feed a changed module and an unchanged one at once."""
+    changed = {
+        f"{plan.model.layers_path}.{layer}.{plan.sites[layer][bank].module}."
+        for step in plan.targets
+        for layer, banks in step.items()
+        for bank in banks
+    }
+    prefixes = tuple(changed)
+    for name, names in plan.model.weights.targets.items():
+        inside = [target for target in names if target.startswith(prefixes)]
+        if inside and len(inside) < len(names):
+            other = next(t for t in names if not t.startswith(prefixes))
+            raise UserError(
+                f"steps: {inside[0]} and {other} are one tensor in the checkpoint ({name}); "
+                "target both or neither"
+            )
+
+
+def warn(plan: Plan) -> None:
+    """Notes what is legal but surprising."""
+    unread = plan.model.weights.unread
+    if unread:
+        plan.warnings.append(
+            f"{len(unread)} tensors are not read by transformers ({unread[0]} ...): copied as is"
+        )
+    longest = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
+    evaluate = plan.recipe.evaluate
+    lengths = [text.length for text in evaluate.perplexity] if evaluate is not None else []
+    if plan.recipe.calibration is not None:
+        lengths.append(plan.recipe.calibration.length)
+    if isinstance(longest, int) and max(lengths, default=0) > longest:
+        plan.warnings.append(
+            f"sequences of {max(lengths)} tokens: the model was made for at most {longest}"
+        )
+    for number, step in enumerate(plan.recipe.steps):
+        if step.stage != "decompose" or step.size is None or step.size.rank is None:
+            continue
+        full = {
+            bank
+            for layer, banks in plan.targets[number].items()
+            for bank in banks
+            if _stores_no_less(plan, number, layer, bank)
+        }
+        if full:
+            plan.warnings.append(
+                f"steps.{number}: rank {step.size.rank} stores no less than the dense matrices of "
+                f"{', '.join(sorted(full))}"
+            )
+
+
+def _stores_no_less(plan: Plan, number: int, layer: int, bank: str) -> bool:
+    """Whether a step's stated rank costs a bank as much as its matrices or more."""
+    size = plan.recipe.steps[number].size
+    assert size is not None
+    try:
+        before = lay_out_layer(plan, plan.sizes(), number, layer)
+        after = {layer: dict(before.get(layer, {}))}
+        apply_layout(plan, number, layer, [bank], size.rank, after)
+    except DataDecide:
+        return False
+    now = banks_now(plan, layer, [bank], before)[bank].parameters()
+    return sum(term.parameters() for term in after[layer][bank]) >= now
