@@ -10,13 +10,16 @@ from mctk.terms.bank import Bank
 from mctk.terms.dense import Bias, Dense
 from mctk.terms.dynamic import DynamicDense
 from mctk.terms.lowrank import LowRank
+from mctk.terms.packing import PackedTensor, pack, packed_bits
 from mctk.terms.registry import kind, kinds, register_kind
+from mctk.terms.removal import compact, drop_members, removed_members
 from mctk.terms.shape import BankShape
 from mctk.terms.sizes import DENSE, SizeCurve, rank_settings
-from mctk.terms.sparse import Sparse
-from mctk.terms.term import Term, spec_bytes, spec_parameters
+from mctk.terms.skip import ExpertSkip
+from mctk.terms.sparse import Sparse, sparse_from_mask
+from mctk.terms.term import Term, spec_bytes, spec_elements, spec_parameters
 
-for _kind in (Dense, DynamicDense, LowRank, Sparse, Bias):
+for _kind in (Dense, DynamicDense, LowRank, Sparse, Bias, ExpertSkip):
     register_kind(_kind)
 
 __all__ = [
@@ -26,14 +29,23 @@ __all__ = [
     "Bias",
     "Dense",
     "DynamicDense",
+    "ExpertSkip",
     "LowRank",
+    "PackedTensor",
     "SizeCurve",
     "Sparse",
     "Term",
+    "compact",
+    "drop_members",
     "kind",
     "kinds",
+    "pack",
+    "packed_bits",
     "rank_settings",
     "register_kind",
+    "removed_members",
+    "sparse_from_mask",
     "spec_bytes",
+    "spec_elements",
     "spec_parameters",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -20,12 +20,15 @@ class Bank:
         layer: Index of the layer.
         shape: Members and their size.
         terms: Summed in this order; every term has the bank's shape.
+        groups: Into how many equal runs the router divides the members: it chooses groups first, so
+            as many members of each have to stay, and at least two.
     """
 
     name: str
     layer: int
     shape: BankShape
     terms: list[Term] = field(default_factory=list)
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for term in self.terms:
@@ -60,7 +63,7 @@ class Bank:
     def without_biases(self) -> Bank:
         """Returns the bank of the same weights, its constant outputs left out."""
         terms = [term for term in self.terms if not isinstance(term, Bias)]
-        return Bank(self.name, self.layer, self.shape, terms)
+        return replace(self, terms=terms)
 
     def matrices(self) -> Dense | None:
         """Returns the `Dense` term with most slots: the members' own matrices, or what is left.

@@ -122,6 +122,7 @@ class Bias(Term):
     """
 
     kind: ClassVar[str] = "bias"
+    plain: ClassVar[tuple[str, ...]] = ("vector",)
 
     def __init__(
         self,

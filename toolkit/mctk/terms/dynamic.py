@@ -45,6 +45,7 @@ class DynamicDense(Dense):
     """
 
     kind: ClassVar[str] = "dynamic"
+    plain: ClassVar[tuple[str, ...]] = ("energy",)
 
     def __init__(
         self,

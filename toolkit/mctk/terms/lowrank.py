@@ -176,6 +176,17 @@ class LowRank(Term):
             **({} if self.side is None else {"side": self.side}),
         }
 
+    def slot_maps(self) -> dict[str, SlotMap]:
+        """See `Term.slot_maps`: each factor has its own."""
+        return {"u_slots": self.u_slots, "v_slots": self.v_slots}
+
+    def slot_map_of(self, name: str) -> str | None:
+        """See `Term.slot_map_of`."""
+        if super().slot_map_of(name) is None:
+            return None
+        pivoted = name in ("C", "pivots")
+        return "u_slots" if name in ("U", "rows") or (pivoted and self.side == "U") else "v_slots"
+
     @classmethod
     def build(
         cls, shape: BankShape, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]

@@ -24,12 +24,15 @@ class SizeCurve:
         cost: Stored parameters (or bytes) of the bank at each setting, strictly increasing.
         error: Expected squared error at each setting, in the same unit in all curves, not
             increasing; None where no data was seen.
+        raw: The same as the method itself gives it, such as squared output errors summed over all
+            calibration tokens; None where that is not known.
     """
 
     item: tuple[int, int, str]
     settings: tuple[int, ...]
     cost: tuple[int, ...]
     error: tuple[float, ...] | None = None
+    raw: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         place = f"size curve of {self.item[2]} in layer {self.item[1]}"

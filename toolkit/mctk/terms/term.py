@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mctk.errors import CheckpointError
 from mctk.terms.indices import SlotMap, dtype_name
+from mctk.terms.packing import PackedTensor, from_parts, packing_of, part_name
 from mctk.terms.registry import OURS, kind, provider_of
 from mctk.terms.shape import BankShape
 
-_HEADER = ("kind", "provider", "members", "out", "in", "tensors")
+_HEADER = ("kind", "provider", "members", "out", "in", "packing", "tensors")
 
 
 class Term(ABC):
@@ -27,14 +28,19 @@ class Term(ABC):
     registered with `register_kind`. All weights of a term have one dtype; an input must have it
     too.
 
+    Any weight may be stored packed in few bits (`mctk.terms.pack`): `tensors` then gives a
+    `PackedTensor`, which reads like the plain one, and `stored` its parts.
+
     Attributes:
         kind: Name of the kind, unique among all plugins.
+        plain: Floating tensors that `pack` leaves alone unless they are named.
         shape: The bank's shape.
         rows: Output rows that the term touches, ``[R]`` or per slot ``[S, R]``; None: all.
         cols: Input columns that the term touches, ``[C]`` or per slot ``[S, C]``; None: all.
     """
 
     kind: ClassVar[str]
+    plain: ClassVar[tuple[str, ...]] = ()
     shape: BankShape
     rows: Tensor | None = None
     cols: Tensor | None = None
@@ -48,7 +54,7 @@ class Term(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name; weights are floating, positions are integers."""
+        """The term's tensors by name; weights are floating, positions are integers."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -78,7 +84,24 @@ class Term(ABC):
     def apply(self, x: Tensor, member: int) -> Tensor:
         """Returns the term's output ``[T, out]`` for inputs ``x [T, in]`` of its own dtype."""
 
-    # What follows from it.
+    # What follows from it; a kind with more than one slot map, or tensors that all slots share,
+    # overrides the first two.
+
+    def slot_maps(self) -> dict[str, SlotMap]:
+        """The slot maps by their keys in `settings`."""
+        return {"slots": self.slots}
+
+    def slot_map_of(self, name: str) -> str | None:
+        """The key of the slot map by which a stored tensor's first dimension goes.
+
+        Args:
+            name: One of `tensors`.
+
+        Returns:
+            None for a tensor that all slots share.
+        """
+        shared = name in ("rows", "cols") and self.tensors()[name].dim() == 1
+        return None if shared else "slots"
 
     def has(self, member: int) -> bool:
         """Whether the term contributes to a member."""
@@ -99,8 +122,38 @@ class Term(ABC):
         return sum(t.numel() for t in self.tensors().values() if t.is_floating_point())
 
     def nbytes(self) -> int:
-        """Stored bytes, positions included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        """Stored bytes: positions, scales and zero points included."""
+        return sum(t.numel() * t.element_size() for t in self.stored().values())
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as files hold them: of a packed one its parts, ``weight_codes`` and so on."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            if isinstance(tensor, PackedTensor):
+                found |= {part_name(name, part): t for part, t in tensor.parts().items()}
+            else:
+                found[name] = tensor
+        return found
+
+    def with_stored(self, stored: Mapping[str, Tensor]) -> Term:
+        """Returns the same term around other tensors as `stored` gives them, unchecked."""
+        tensors = {}
+        for name, tensor in self.tensors().items():
+            if isinstance(tensor, PackedTensor):
+                parts = {part: stored[part_name(name, part)] for part in tensor.parts()}
+                tensors[name] = tensor.with_parts(parts)
+            else:
+                tensors[name] = stored[name]
+        return self.with_tensors(tensors)
+
+    def unpacked(self) -> Term:
+        """Returns the term with all weights plain; itself if nothing is packed."""
+        held = self.tensors()
+        if not any(isinstance(t, PackedTensor) for t in held.values()):
+            return self
+        return self.with_tensors(
+            {n: t.unpack() if isinstance(t, PackedTensor) else t for n, t in held.items()}
+        )
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Term:
         """Returns the same term around other tensors of the same shapes, unchecked.
@@ -116,10 +169,15 @@ class Term(ABC):
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Term:
-        """Returns the term in another dtype (weights only) and on another device."""
+        """Returns the term in another dtype (weights only) and on another device.
+
+        Of packed weights the scales are cast; the codes stay.
+        """
         return self.with_tensors(
             {
-                name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+                name: t.moved(dtype, device)
+                if isinstance(t, PackedTensor)
+                else t.to(device=device, dtype=dtype if t.is_floating_point() else None)
                 for name, t in self.tensors().items()
             }
         )
@@ -127,6 +185,9 @@ class Term(ABC):
     def spec(self) -> dict[str, Any]:
         """Returns all of the term but its data, in JSON types."""
         provider = provider_of(self.kind)
+        packing = {
+            name: t.describe() for name, t in self.tensors().items() if isinstance(t, PackedTensor)
+        }
         return {
             "kind": self.kind,
             **({} if provider == OURS else {"provider": provider}),
@@ -134,15 +195,20 @@ class Term(ABC):
             "out": self.shape.out_features,
             "in": self.shape.in_features,
             **self.settings(),
+            **({"packing": packing} if packing else {}),
             "tensors": {
                 name: {"shape": list(t.shape), "dtype": dtype_name(t.dtype)}
-                for name, t in self.tensors().items()
+                for name, t in self.stored().items()
             },
         }
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Term:
         """Constructs a term from its spec; ``Term.from_spec`` finds the class by the kind.
+
+        Args:
+            spec: What `spec` gave.
+            tensors: What `stored` gave.
 
         Shapes, slots and index values are checked (values not on the meta device). A weight may
         have another floating dtype than the spec says: that is how a model is loaded in another
@@ -189,6 +255,7 @@ def _build(cls: type[Term], spec: Mapping[str, Any], tensors: Mapping[str, Tenso
     shape = BankShape(spec["members"], spec["out"], spec["in"])
     _check_tensors(_tensor_specs(spec), tensors)
     settings = {key: value for key, value in spec.items() if key not in _HEADER}
+    tensors = _joined(spec, tensors)
     term = cls.build(shape, settings, tensors)
     # A spec is exactly what the term would say of itself: this finds unknown keys, and settings
     # that contradict the tensors.
@@ -202,6 +269,19 @@ def _build(cls: type[Term], spec: Mapping[str, Any], tensors: Mapping[str, Tenso
         if key not in term.tensors():
             raise ValueError(f"tensors.{key}: unknown tensor")
     return term
+
+
+def _joined(spec: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A term's tensors from the stored ones: parts of packed tensors put together."""
+    found = dict(stored)
+    for name in packing_of(spec):
+        if name in stored:
+            raise ValueError(f"tensors.{name}: is stored both plain and packed")
+        packed = from_parts(name, spec["packing"][name], stored)
+        for part in packed.parts():
+            del found[part_name(name, part)]
+        found[name] = packed
+    return found
 
 
 def _check_tensors(specs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -247,8 +327,23 @@ def _tensor_spec(name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype]:
 
 def spec_parameters(spec: Mapping[str, Any]) -> int:
     """Returns what `Term.parameters` would count for a spec, of any kind."""
-    entries = [_tensor_spec(name, entry) for name, entry in _tensor_specs(spec).items()]
-    return sum(math.prod(shape) for shape, dtype in entries if dtype.is_floating_point)
+    return sum(spec_elements(spec).values())
+
+
+def spec_elements(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Returns how many weights each stored tensor of a spec holds, of any kind.
+
+    Codes stand for the weights that they pack; scales, zero points and positions are none.
+    """
+    packing = packing_of(spec)
+    found = {}
+    for name, entry in _tensor_specs(spec).items():
+        shape, dtype = _tensor_spec(name, entry)
+        found[name] = math.prod(shape) if dtype.is_floating_point else 0
+    for name, shape in packing.items():
+        found[part_name(name, "codes")] = math.prod(shape)
+        found[part_name(name, "scales")] = 0
+    return found
 
 
 def spec_bytes(spec: Mapping[str, Any]) -> int:
