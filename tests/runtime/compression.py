@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from mctk.runtime import TermModule, checkpoint_config, swap
-from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse, Term
+from mctk.terms import BankShape, Bias, Dense, LowRank, Sparse, Term, pack
 from torch import nn
 
 
@@ -127,13 +127,28 @@ def compress(model: nn.Module, chosen: dict[str, dict[str, list[Term]]]) -> dict
     return described
 
 
+def some_packed(terms: dict[str, list[Term]], seed: int) -> dict[str, list[Term]]:
+    """The same with the weights of some parts stored in few bits, in groups of odd sizes."""
+    chosen = ("up",) if seed % 2 == 0 else ("down", "linear")
+    return {
+        part: [
+            pack(term, bits=(4, 3, 8, 2)[(seed + i) % 4], group=7 + i, symmetric=i % 2 == 1)
+            if part in chosen
+            else term
+            for i, term in enumerate(bank)
+        ]
+        for part, bank in terms.items()
+    }
+
+
 def compress_mixed(model: nn.Module) -> dict[str, dict]:
     """Compresses all but the last of the modules in question, with terms of every kind."""
     chosen: dict[str, dict[str, list[Term]]] = {}
     count = {True: 0, False: 0}
     for path, module in list(compressible(model).items())[:-1]:
         linear = isinstance(module, nn.Linear)
-        chosen[path] = random_terms(exact_terms(module), seed=count[linear])
+        seed = count[linear]
+        chosen[path] = some_packed(random_terms(exact_terms(module), seed), seed)
         count[linear] += 1
     return compress(model, chosen)
 

@@ -92,8 +92,8 @@ def test_index_out_of_range_is_an_error(checkpoints, tmp_path):
 
 def test_newer_format_is_refused(checkpoints, tmp_path):
     directory = copy(checkpoints, tmp_path / "model")
-    edit(directory, lambda config: config["quantization_config"].update(format_version=2))
-    with pytest.raises(CheckpointError, match=r"format version 2.*install a newer mctk"):
+    edit(directory, lambda config: config["quantization_config"].update(format_version=3))
+    with pytest.raises(CheckpointError, match=r"format version 3.*install a newer mctk"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -170,7 +170,7 @@ def test_config_keeps_every_key_of_the_source():
         "experts_implementation": GUARD,
         "quantization_config": {
             "quant_method": "mctk",
-            "format_version": 1,
+            "format_version": 2,
             "modules": {"m": {"type": "linear", "terms": []}},
             "providers": ["plugin"],
             "method": "svd",

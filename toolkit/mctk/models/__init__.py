@@ -5,7 +5,6 @@ from .adapter import (
     bank_sites,
     find_layers,
     has_expert_list,
-    installed,
     is_experts,
     module_specs,
     module_tensors,
@@ -14,7 +13,9 @@ from .adapter import (
     read_banks,
     write_banks,
 )
+from .install import installed, keeps_form
 from .remote import gradients_enabled
+from .routing import Rerouter, RouterSite, find_router, is_count_name
 from .skeleton import (
     EXPERTS_IMPLEMENTATION,
     build,
@@ -26,14 +27,19 @@ from .skeleton import (
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "BankSite",
+    "Rerouter",
+    "RouterSite",
     "bank_sites",
     "build",
     "find_layers",
+    "find_router",
     "gradients_enabled",
     "has_expert_list",
     "has_experts_interface",
     "installed",
+    "is_count_name",
     "is_experts",
+    "keeps_form",
     "load_config",
     "module_specs",
     "module_tensors",

@@ -12,9 +12,9 @@ Bank names: `experts.gate|up|down`; for linears the module's path without its Mo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,13 +29,14 @@ from ..runtime import (
     is_expert_list,
     join,
     list_layout,
-    swap,
     tensor_name,
 )
 from ..terms import Bank, BankShape, Bias, Dense, Term
 from .expert_list import stacked
 
 EXPERT_FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+_GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
+_TOP_GROUPS = re.compile(r"(top_?k|limited|num_limited)_groups?")
 # The field's word for a part, where modules call it otherwise.
 ALIASES = {
     "self_attn": "attention",
@@ -55,6 +56,7 @@ class BankSite:
             `nn.Linear`.
         shape: Members, output and input features.
         bias: Whether its members have a bias.
+        groups: As in `Bank`.
     """
 
     name: str
@@ -62,6 +64,7 @@ class BankSite:
     part: str
     shape: BankShape
     bias: bool
+    groups: int = 1
 
 
 def neighbours(sites: Mapping[str, BankSite], names: Iterable[str]) -> list[str]:
@@ -126,7 +129,8 @@ def bank_sites(layer: nn.Module) -> dict[str, BankSite]:
         if is_experts(module) or (_named_experts(path) and is_expert_list(module)):
             block = layer.get_submodule(path.rpartition(".")[0])
             found = _expert_sites(path, module, block)
-            sites += found
+            groups = router_groups(block, found[0].shape.members)[0]
+            sites += [replace(site, groups=groups) for site in found]
             blocks[path[: path.rfind(".") + 1]] = found[0].shape.members
         elif _named_experts(path) or _holds_stacked_matrices(module):
             missing = [flag for flag in EXPERT_FLAGS if not hasattr(module, flag)]
@@ -180,6 +184,19 @@ def _is_router(layer: nn.Module, path: str, block: str, experts: int) -> bool:
         return True
     siblings = layer.get_submodule(parent).children()
     return sum(isinstance(child, nn.Linear | TermLinear) for child in siblings) == 1
+
+
+def router_groups(block: nn.Module, experts: int) -> tuple[int, int]:
+    """Into how many groups a block's router divides its experts, and how many a token may use."""
+    groups = top_groups = 1
+    for module in (block, *block.children()):
+        for name, value in vars(module).items():
+            if isinstance(value, int) and value > 1:
+                if _GROUPS.fullmatch(name) and experts % value == 0:
+                    groups = value
+                elif _TOP_GROUPS.fullmatch(name):
+                    top_groups = value
+    return groups, top_groups
 
 
 def own_tensors(layer: nn.Module, site: BankSite) -> list[str]:
@@ -279,7 +296,7 @@ def read_banks(layer: nn.Module, index: int) -> dict[str, Bank]:
             terms = _linear_terms(module)
         else:
             terms = _expert_terms(module, site)
-        banks[name] = Bank(name, index, site.shape, terms)
+        banks[name] = Bank(name, index, site.shape, terms, site.groups)
     return banks
 
 
@@ -292,7 +309,7 @@ def _linear_terms(module: nn.Linear) -> list[Term]:
 
 
 def _expert_terms(module: nn.Module, site: BankSite) -> list[Term]:
-    weight, bias = _unfuse(module, site.part)
+    weight, bias = unfused(module, site.part)
     slots = range(site.shape.members)
     terms: list[Term] = [Dense(site.shape, slots, weight)]
     if bias is not None:
@@ -300,7 +317,7 @@ def _expert_terms(module: nn.Module, site: BankSite) -> list[Term]:
     return terms
 
 
-def _unfuse(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def unfused(module: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [E, out, in] and bias [E, out] of one part, as views of what the module holds."""
     if isinstance(module, nn.ModuleList):
         matrices = stacked(module, part)
@@ -336,7 +353,7 @@ def write_banks(layer: nn.Module, banks: Mapping[str, Bank]) -> None:
             weights = module.weight.detach()[None]
             biases = module.bias.detach()[None] if module.bias is not None else None
         else:
-            weights, biases = _unfuse(module, site.part)
+            weights, biases = unfused(module, site.part)
         for member in range(bank.shape.members):
             weight, bias = bank.materialise(member)
             if bias is not None and biases is None:
@@ -387,31 +404,5 @@ def module_tensors(layer: nn.Module, banks: Mapping[str, Bank]) -> dict[str, tor
         for name, site in bank_sites(layer).items()
         if name in banks
         for i, term in enumerate(banks[name].terms)
-        for key, tensor in term.tensors().items()
+        for key, tensor in term.stored().items()
     }
-
-
-@contextlib.contextmanager
-def installed(
-    layer: nn.Module, banks: Mapping[str, Bank], dtype: torch.dtype
-) -> Iterator[nn.Module]:
-    """The layer as it will run once these banks are loaded; its own modules come back afterwards.
-
-    Args:
-        layer: A filled layer of original modules.
-        banks: All banks of each module that is to be replaced.
-        dtype: Compute dtype; terms are cast to it.
-    """
-    sites = bank_sites(layer)
-    specs = module_specs(layer, banks)
-    originals = {path: layer.get_submodule(path) for path in specs}
-    device = next(layer.parameters()).device
-    try:
-        swap(layer, specs)
-        for name, bank in banks.items():
-            module = layer.get_submodule(sites[name].module)
-            module.set_terms(sites[name].part, [t.to(dtype, device) for t in bank.terms])
-        yield layer
-    finally:
-        for path, original in originals.items():
-            layer.set_submodule(path, original)

@@ -4,6 +4,7 @@
 """
 
 from .dynamic import dynamic_pruning
+from .every import run_expert
 from .expert_list import (
     TermExpertList,
     is_expert_list,
@@ -15,9 +16,9 @@ from .expert_list import (
 from .experts import Observer, TermExperts, experts_forward, gate_up_rows
 from .gradients import GradientObserver
 from .linear import TermLinear
-from .listen import observe, observe_forwards, observe_gradients
+from .listen import NUMBERS, observe, observe_forwards, observe_gradients
 from .names import GUARD, IMPLEMENTATION
-from .owner import TermModule, meta_tensors, tensor_name
+from .owner import TermModule, meta_tensors, tensor_elements, tensor_name
 from .quantizer import (
     FORMAT_VERSION,
     MctkConfig,
@@ -27,13 +28,16 @@ from .quantizer import (
     register,
 )
 from .remote import restore_buffers
-from .shared import Role, role
+from .resize import resize, resized_entry
+from .shared import Role, merged_groups, role
+from .skipping import skip_policy
 from .swap import swap, swap_from_config
 
 __all__ = [
     "FORMAT_VERSION",
     "GUARD",
     "IMPLEMENTATION",
+    "NUMBERS",
     "GradientObserver",
     "MctkConfig",
     "MctkHfQuantizer",
@@ -52,15 +56,21 @@ __all__ = [
     "linears",
     "list_layout",
     "load_providers",
+    "merged_groups",
     "meta_tensors",
     "observe",
     "observe_forwards",
     "observe_gradients",
     "observed_forward",
     "register",
+    "resize",
+    "resized_entry",
     "restore_buffers",
     "role",
+    "run_expert",
+    "skip_policy",
     "swap",
     "swap_from_config",
+    "tensor_elements",
     "tensor_name",
 ]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..terms import Bank, DynamicDense, Term
+from ..terms import Bank, DynamicDense, PackedTensor, Term
 from .rows import Pairs, Rows
 
 _MIX = 0.5  # m: the weight of this call's tokens
@@ -34,9 +34,11 @@ _ENABLED = "_mctk_dynamic"
 class dynamic_pruning:
     """Switches dynamic pruning in a model on or off; as a context, until its end.
 
+    That is the skipping of channels, and that of experts (`mctk.runtime.skipping`).
+
     Args:
         model: A model, or a module of one. Its terms decide how much is skipped.
-        enabled: Whether channels are skipped. They are unless this was called.
+        enabled: Whether channels and experts are skipped. They are unless this was called.
     """
 
     def __init__(self, model: nn.Module, enabled: bool) -> None:
@@ -231,8 +233,10 @@ class ColumnNorms:
     def __call__(self, term: DynamicDense, slot: int) -> Tensor:
         """Returns ``‖W_b[:, j]‖²`` of a slot, ``[C]`` float32."""
         weight = term.weight
-        version = 0 if weight.is_inference() else weight._version
-        state = (weight.data_ptr(), weight.device, weight.dtype, version)
+        held = weight.parts().values() if isinstance(weight, PackedTensor) else [weight]
+        state = tuple(
+            (t.data_ptr(), t.device, t.dtype, 0 if t.is_inference() else t._version) for t in held
+        )
         known = self._known.get(slot)
         if known is None or known[0] != state:
             norms = weight[slot].detach().float().square().sum(0)

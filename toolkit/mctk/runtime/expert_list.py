@@ -19,7 +19,9 @@ from ..errors import CheckpointError, UserError
 from ..terms import Bank, BankShape, DynamicDense, Term
 from .dynamic import ColumnNorms, Skips, active_channels, is_enabled
 from .owner import TermModule
+from .rows import Rows
 from .shared import Forward, SharedPath
+from .skipping import skip_policy
 
 NAMES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 """What the linear layers of an expert are called; the second names are Mixtral's."""
@@ -154,7 +156,8 @@ class TermExpertList(TermModule):
     callables that run one expert by a call of this module, so that hooks on it (accelerate's, which
     bring offloaded tensors back) do their work. An expert that no term of down serves gives zeros.
 
-    Base and deltas are computed for each call, as the block calls experts one by one. Dynamic terms
+    Base and deltas are computed for each call, as the block calls experts one by one; so are merged
+    experts, whose routing weights only the block's own code knows how to add up. Dynamic terms
     skip the same channels as in `TermExperts`, chosen once in a forward of the block.
 
     Args:
@@ -173,7 +176,7 @@ class TermExpertList(TermModule):
     ) -> None:
         if isinstance(original, TermExpertList):
             shapes, activation = original.shapes, original.act_fn
-            dtype = next((p.dtype for p in original.parameters()), torch.float32)
+            dtype = original.dtype or torch.float32
         elif isinstance(original, nn.ModuleList) and is_expert_list(original):
             try:
                 shapes, _ = list_layout(original)
@@ -184,6 +187,8 @@ class TermExpertList(TermModule):
         else:
             raise CheckpointError(f"{type(original).__name__} is not a list of experts")
         super().__init__(shapes, specs, dtype)
+        if skip_policy(self._templates) is not None:
+            raise CheckpointError("terms.down: the block's own code calls experts: none is skipped")
         self.act_fn: Any = activation
         self._path = SharedPath(self._templates, norm=False)
         self._norms = ColumnNorms()
@@ -262,7 +267,8 @@ class TermExpertList(TermModule):
             skips = once.choose()
             term = banks["down"].terms[self.dynamic]
             assert skips is not None and isinstance(term, DynamicDense)
-            routing.choice = skips, skips.by_expert(once.rows)
+            own = Rows(routing.index, len(self))
+            routing.choice = skips, skips.by_expert(own)
             self.active_channels = active_channels(term, skips.dropped)
         skips, probes = routing.choice
         return skips, probes[number], order

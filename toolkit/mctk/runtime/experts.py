@@ -8,6 +8,7 @@ weighted output has its own place ``[token, slot]``, and places are summed at th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,9 @@ from .dynamic import ColumnNorms, Skips, active_channels, is_enabled
 from .gradients import observed_product
 from .names import check_implementation
 from .owner import TermModule
+from .rows import Rows
 from .shared import Forward, SharedPath
+from .skipping import skip_policy, without_policy
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
@@ -84,35 +87,24 @@ def _run(
     top_k_weights: Tensor,
     experts: int,
     expert: _Expert,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """Runs the routed experts; [T, H] in, [T, H] out."""
+    """Runs the routed experts (of the choices that are kept); [T, H] in, [T, H] out."""
     tokens, k = top_k_index.shape
     observer: Observer | None = getattr(module, _OBSERVER, None)
-    choices = top_k_index.reshape(-1)
-    # Places [T·k], expert by expert, tokens in order within each.
-    places = torch.argsort(choices, stable=True)
-    counts = torch.bincount(choices, minlength=experts).tolist()
-    if len(counts) > experts:
-        raise ValueError(
-            f"expert index {len(counts) - 1} of {experts} experts: expert parallelism is not "
-            "supported by mctk's experts"
-        )
+    rows = Rows(top_k_index, experts, kept=kept)
     # As transformers: products with the routing weights, and their sum, in the wider type.
     dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
     outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1], dtype=dtype)
-    start = 0
-    for number, count in enumerate(counts):
-        if count == 0:
-            continue
-        place = places[start : start + count]
-        start += count
+    for segment in rows.segments:
+        place = rows.places[segment.start : segment.stop]
         token, slot = place // k, place % k
         x = hidden_states[token]
-        h, y = expert(number, x)
+        h, y = expert(segment.expert, x)
         weights = top_k_weights[token, slot]
         outputs[place] = (y * weights[:, None]).to(dtype)
         if observer is not None:
-            observer(number, token, slot, x, h, y, weights)
+            observer(segment.expert, token, slot, x, h, y, weights)
     return outputs.view(tokens, k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
@@ -157,7 +149,9 @@ class TermExperts(TermModule):
 
     It takes over everything of the original but its weights: flags, configuration, activation,
     limits, norms. An expert that no term of down serves is dropped: it contributes nothing.
-    What experts share is computed once per token (`mctk.runtime.shared`).
+    What experts share is computed once per token, and merged experts are one: see
+    `mctk.runtime.shared`. A skip term says which choices are not computed at all
+    (`mctk.runtime.skipping`).
 
     Args:
         original: The module that it replaces, on any device; it may be a `TermExperts`.
@@ -177,7 +171,9 @@ class TermExperts(TermModule):
         shapes, dtype = _layout(original)
         super().__init__(shapes, specs, dtype)
         # Set here, so that it is not taken over from another module of terms.
-        self._path = SharedPath(self._templates, original.has_post_expert_norm)
+        self._policy = skip_policy(self._templates)
+        computed = {part: without_policy(terms) for part, terms in self._templates.items()}
+        self._path = SharedPath(computed, original.has_post_expert_norm)
         self._norms = ColumnNorms()
         self._mctk_dynamic = True
         self.active_channels: dict[int, Tensor] | None = None
@@ -202,7 +198,10 @@ class TermExperts(TermModule):
         What experts share is computed once per token, unless an observer wants to see each
         expert's own outputs: then all goes through the plain loop.
         """
-        banks = {part: self.bank(part) for part in self.shapes}
+        banks = {part: self._computed(part) for part in self.shapes}
+        kept: Tensor | None = None
+        if self._policy is not None and is_enabled(self):
+            top_k_weights, kept = self._policy.skip(top_k_weights)
         dtype = next((t.dtype for bank in banks.values() for t in bank.terms), hidden_states.dtype)
         observed = getattr(self, _OBSERVER, None) is not None
         once: Forward | None = None
@@ -220,6 +219,7 @@ class TermExperts(TermModule):
                 norm=self.post_expert_norm if self.has_post_expert_norm else None,
                 norms=self._norms,
                 skipping=skipping,
+                kept=kept,
             )
             if not observed:
                 out = once.run()
@@ -227,7 +227,9 @@ class TermExperts(TermModule):
                 return out.to(hidden_states.dtype)
             skips = once.choose()
         self._note(banks, skips)
-        probes = {} if once is None or skips is None else skips.by_expert(once.rows)
+        probes: dict[int, Tensor] = {}
+        if skips is not None:  # of every expert's own rows, merged or not
+            probes = skips.by_expert(Rows(top_k_index, self.num_experts, kept=kept))
 
         def expert(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
             def apply(part: str, rows: Tensor) -> Tensor:
@@ -244,7 +246,12 @@ class TermExperts(TermModule):
                 y = self.post_expert_norm(y)
             return h, y
 
-        return _run(self, hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+        return _run(self, hidden_states, top_k_index, top_k_weights, self.num_experts, expert, kept)
+
+    def _computed(self, part: str) -> Bank:
+        """A part's bank without the policy, which computes nothing."""
+        bank = self.bank(part)
+        return dataclasses.replace(bank, terms=without_policy(bank.terms))
 
     def _note(self, banks: Mapping[str, Bank], skips: Skips | None) -> None:
         """Keeps which channels of the base the forward uses, where some are skipped."""
@@ -282,8 +289,7 @@ def _layout(original: nn.Module) -> tuple[dict[str, BankShape], torch.dtype]:
     """The shapes of an experts module's banks, and its dtype; refuses what it does not know."""
     name = type(original).__name__
     if isinstance(original, TermExperts):
-        dtype = next((p.dtype for p in original.parameters(recurse=False)), torch.float32)
-        return original.shapes, dtype
+        return original.shapes, original.dtype or torch.float32
     missing = [flag for flag in FLAGS if not hasattr(original, flag)]
     if missing:
         raise CheckpointError(f"{name} is not an experts module: it has no {missing[0]}")

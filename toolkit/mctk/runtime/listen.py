@@ -26,15 +26,27 @@ from .experts import observe as observe_module
 from .gradients import GradientObserver
 from .gradients import observe_gradients as observe_module_gradients
 
+# On a module of fewer experts: the numbers that they had before the others were removed.
+NUMBERS = "_mctk_numbers"
+
 
 @contextlib.contextmanager
 def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Tells `observer` of every expert that an experts module or a list of experts runs.
 
+    Where others were removed for a while (`models.installed`), experts bear their old numbers.
+
     Raises:
         ValueError: The module would not run by our loop; see `experts.observe`.
         UserError: While the forward runs: a list's router does not tell its choices and weights.
     """
+    numbers = getattr(module, NUMBERS, None)
+    if numbers is not None:
+        told = observer
+
+        def observer(expert: int, *rest: Any) -> None:
+            told(numbers[expert], *rest)
+
     if not is_expert_list(module):
         with observe_module(module, observer):
             yield

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, nearest
-from ..terms import Bank, BankShape, Term
+from ..terms import Bank, BankShape, Term, spec_elements
 
 LINEAR = "linear"
 """The only part of a linear layer; its name is left out of tensor names."""
@@ -37,7 +37,8 @@ class TermModule(nn.Module):
     """Owns the tensors of the terms of one or more banks.
 
     It is built from specs with all tensors on the meta device; they are filled by loading a
-    checkpoint or by `set_terms`.
+    checkpoint or by `set_terms`. Positions are buffers. All else is a parameter, the bytes of
+    packed weights and of bitmaps too: accelerate offloads parameters, and buffers only if asked.
 
     Args:
         shapes: Part → shape of its bank.
@@ -85,19 +86,29 @@ class TermModule(nn.Module):
             term = Term.from_spec(spec, meta_tensors(spec)).to(dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
-        for key, tensor in term.tensors().items():
+        for key, tensor in term.stored().items():
             name = tensor_name(part, index, key)
-            if tensor.is_floating_point():
+            if _is_data(tensor):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
         return term
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; None without any."""
+        floats = (p.dtype for p in self.parameters(recurse=False) if p.is_floating_point())
+        return next(floats, None)
+
+    def elements(self) -> dict[str, int]:
+        """How many weights each tensor of the module holds."""
+        return _elements(self.specs)
+
     def terms(self, part: str = LINEAR) -> list[Term]:
         """Returns a bank's terms around the tensors that the module holds now."""
         return [
-            template.with_tensors(
-                {key: getattr(self, tensor_name(part, i, key)) for key in template.tensors()}
+            template.with_stored(
+                {key: getattr(self, tensor_name(part, i, key)) for key in template.stored()}
             )
             for i, template in enumerate(self._templates[part])
         ]
@@ -114,9 +125,9 @@ class TermModule(nn.Module):
         for i, (template, term) in enumerate(zip(templates, terms, strict=True)):
             if term.to(template.dtype).spec() != template.spec():
                 raise ValueError(f"{part}: term {i} is {term.spec()}, not {template.spec()}")
-            for key, tensor in term.tensors().items():
+            for key, tensor in term.stored().items():
                 name = tensor_name(part, i, key)
-                if tensor.is_floating_point():
+                if _is_data(tensor):
                     tensor = nn.Parameter(tensor.detach(), requires_grad=False)
                 setattr(self, name, tensor)
 
@@ -128,11 +139,11 @@ class TermModule(nn.Module):
         """
         for part, specs in self.specs.items():
             for i, (spec, term) in enumerate(zip(specs, self.terms(part), strict=True)):
-                tensors = term.tensors()
-                if any(t.is_meta for t in tensors.values()):
+                stored = term.stored()
+                if any(t.is_meta for t in stored.values()):
                     continue
                 try:
-                    Term.from_spec(spec, tensors)
+                    Term.from_spec(spec, stored)
                 except CheckpointError as error:
                     raise CheckpointError(f"terms.{part}[{i}]: {error}") from error
 
@@ -142,6 +153,33 @@ class TermModule(nn.Module):
             f"{part}: {' + '.join(str(spec['kind']) for spec in specs) or 'nothing'}"
             for part, specs in self.specs.items()
         )
+
+
+def _is_data(tensor: Tensor) -> bool:
+    """Whether a stored tensor is weights or bytes, and not positions."""
+    return tensor.is_floating_point() or tensor.dtype == torch.uint8
+
+
+def tensor_elements(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many weights each tensor of swapped modules holds, by its name in a checkpoint.
+
+    Args:
+        modules: As a checkpoint's config.json describes them, see `swap`.
+    """
+    found: dict[str, int] = {}
+    for path, entry in modules.items():
+        banks = {LINEAR: entry["terms"]} if entry["type"] == LINEAR else entry["terms"]
+        found |= {f"{path}.{name}": count for name, count in _elements(banks).items()}
+    return found
+
+
+def _elements(banks: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    return {
+        tensor_name(part, i, key): count
+        for part, specs in banks.items()
+        for i, spec in enumerate(specs)
+        for key, count in spec_elements(spec).items()
+    }
 
 
 def meta_tensors(spec: Mapping[str, Any]) -> dict[str, Tensor]:

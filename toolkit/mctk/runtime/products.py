@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..terms import Dense, LowRank, Term
+from ..terms import Dense, LowRank, PackedTensor, Term
 from ..terms.indices import of_slot, take_columns
 from .rows import Rows, Segment
 
@@ -102,6 +102,8 @@ def _can_group(term: LowRank, x: Tensor) -> bool:
         return False
     if term.U is None or term.V is None or term.rows is not None or term.cols is not None:
         return False
+    if isinstance(term.U, PackedTensor) or isinstance(term.V, PackedTensor):
+        return False  # multiplied out expert by expert, and only for those that have rows
     every = tuple(range(term.shape.members))
     if term.u_slots != every or term.v_slots != every or term.stored_u != len(every):
         return False

@@ -20,13 +20,14 @@ from .experts import experts_forward
 from .names import GUARD, IMPLEMENTATION, QUANT_METHOD, is_ours
 from .owner import TermModule
 from .remote import restore_buffers
+from .resize import resize
 from .swap import swap
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class MctkConfig(QuantizationConfigMixin):
@@ -35,6 +36,8 @@ class MctkConfig(QuantizationConfigMixin):
     Args:
         format_version: Version of the format; newer ones than ours are refused.
         modules: Module path → type and term specs, see `swap`.
+        experts: Layer path → how many experts it has and what is smaller for it, see `resize`;
+            only layers that have not as many as config.json says.
         providers: Plugins that provide kinds of term which the modules hold.
         method: What made the checkpoint, for people to read.
         quant_method: "mctk".
@@ -47,6 +50,7 @@ class MctkConfig(QuantizationConfigMixin):
         self,
         format_version: int = FORMAT_VERSION,
         modules: Mapping[str, Any] | None = None,
+        experts: Mapping[str, Any] | None = None,
         providers: Iterable[str] = (),
         method: Any = None,
         quant_method: str = QUANT_METHOD,
@@ -62,15 +66,17 @@ class MctkConfig(QuantizationConfigMixin):
                 f"({metadata.version('mctk')}) reads up to {FORMAT_VERSION}: install a newer mctk"
             )
         for key in unknown:
-            known = ("format_version", "modules", "providers", "method", "quant_method")
+            known = ("format_version", "modules", "experts", "providers", "method", "quant_method")
             raise CheckpointError(f"quantization_config: unknown key '{key}'{nearest(key, known)}")
-        if modules is not None and not isinstance(modules, Mapping):
-            raise CheckpointError(
-                f"quantization_config.modules: must map paths to modules, not {modules!r:.200}"
-            )
+        for key, value in (("modules", modules), ("experts", experts)):
+            if value is not None and not isinstance(value, Mapping):
+                raise CheckpointError(
+                    f"quantization_config.{key}: must map paths to entries, not {value!r:.200}"
+                )
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = dict(modules or {})
+        self.experts = dict(experts or {})
         self.providers = list(providers)
         self.method = method
 
@@ -86,6 +92,8 @@ class MctkConfig(QuantizationConfigMixin):
         values = copy.deepcopy(self.__dict__)
         if values["method"] is None:
             del values["method"]
+        if not values["experts"]:
+            del values["experts"]
         return values
 
 
@@ -118,6 +126,7 @@ class MctkHfQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UserError("compressed checkpoints cannot be loaded in tensor or expert parallel")
         self._files = checkpoint_files or []
+        resize(model, self.quantization_config.experts)
         swap(model, self.quantization_config.modules)
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
@@ -227,6 +236,7 @@ def checkpoint_config(
     modules: Mapping[str, Mapping[str, Any]],
     providers: Iterable[str] = (),
     method: Any = None,
+    experts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the config.json of a compressed checkpoint.
 
@@ -235,8 +245,9 @@ def checkpoint_config(
         modules: Module path → type and term specs, see `swap`.
         providers: Plugins that provide kinds of term in them.
         method: What made the checkpoint, for people to read.
+        experts: Layers with other numbers of experts, see `resize`.
     """
-    quantization = MctkConfig(modules=modules, providers=providers, method=method)
+    quantization = MctkConfig(modules=modules, experts=experts, providers=providers, method=method)
     return {
         **source_config,
         "experts_implementation": GUARD,

@@ -14,6 +14,10 @@ Which terms are shared is decided once, from the slot maps:
   ``U z`` once per pair, on the weighted sum;
 - everything else by rows, sorted by expert.
 
+Experts that agree in all terms of gate, up and down are a *merged group*: they are one expert with
+several router rows. A token that chose several of them is one row, with the sum of their routing
+weights, so that activations and a norm on each expert's output are computed once as well.
+
 Sources: D²-MoE (arXiv 2502.17298) for base and deltas; there both are computed per expert.
 """
 
@@ -50,47 +54,91 @@ class Role:
     inner: bool = False
 
 
-def role(term: Term, part: str) -> Role:
+def role(term: Term, part: str, merged: Sequence[int] | None = None) -> Role:
     """Returns how a term is computed.
 
     Args:
         term: The term, on any device.
         part: "gate", "up" or "down".
+        merged: The module's merged groups, see `merged_groups`: they are rows already.
     """
     if isinstance(term, DynamicDense) and term.drop:
         return Role(term.slots, True)  # its choice is made by slot, shared or not
     if type(term) in (Dense, DynamicDense, Sparse):
-        return Role(shared_groups(term.slots), True)
+        return Role(shared_groups(term.slots, merged), True)
     if isinstance(term, LowRank):
         both = [
             None if u is None else (u, v) for u, v in zip(term.u_slots, term.v_slots, strict=True)
         ]
-        groups = shared_groups(both)
+        groups = shared_groups(both, merged)
         if groups is not None:
             return Role(groups, True)
         inner = part != "down"
-        return Role(shared_groups(term.v_slots if inner else term.u_slots), False, inner)
+        factor = term.v_slots if inner else term.u_slots
+        return Role(shared_groups(factor, merged), False, inner)
     return Role(None, False)
 
 
+def merged_groups(terms: Mapping[str, Sequence[Term]]) -> tuple[int, ...] | None:
+    """Returns which experts compute the same: for each expert the first that agrees with it.
+
+    Experts agree if their slots do in every term of every bank, which the slot maps alone tell. An
+    expert without any term is by itself.
+
+    Args:
+        terms: "gate" (if there is one), "up", "down" → the terms, on any device.
+
+    Returns:
+        ``[E]``, or None where no two experts agree.
+    """
+    every = [term for bank in terms.values() for term in bank]
+    if not every:
+        return None
+    first: dict[object, int] = {}
+    found = []
+    for e in range(every[0].shape.members):
+        key = tuple(_uses(term, e) for term in every)
+        alone = all(use is None for use in key)
+        found.append(e if alone else first.setdefault(key, e))
+    return tuple(found) if len(set(found)) < len(found) else None
+
+
+def _uses(term: Term, member: int) -> object:
+    """What a member uses of a term (comparable), None if nothing."""
+    if not term.has(member):
+        return None
+    return tuple(slots[member] for slots in term.slot_maps().values())
+
+
 class SharedPath:
-    """Runs an experts module whose terms share something.
+    """What experts share of a module's terms, and which of them are merged.
 
     Args:
         terms: "gate" (if there is one), "up", "down" → the terms, on any device.
         norm: Each expert's output goes through a norm of its own: down is then computed by
-            expert, because the sum over experts may not be drawn into it.
+            expert (by merged group), because the sum over experts may not be drawn into it.
+
+    Attributes:
+        merged: See `merged_groups`.
+        roles: Part → how each of its terms is computed.
+        dynamic: The place in down of the term that decides what is skipped, None without any.
+        shares: Whether anything is computed for several choices at once.
 
     Raises:
         CheckpointError: Dynamic terms do not fit together.
     """
 
     def __init__(self, terms: Mapping[str, Sequence[Term]], norm: bool) -> None:
-        self.roles = {part: [role(term, part) for term in bank] for part, bank in terms.items()}
+        self.merged = merged_groups(terms)
+        self.roles = {
+            part: [role(term, part, self.merged) for term in bank] for part, bank in terms.items()
+        }
         if norm:
             self.roles["down"] = [Role(None, False) for _ in terms["down"]]
         self.dynamic = dynamic_index(terms)
-        self.shares = any(r.groups is not None for bank in self.roles.values() for r in bank)
+        self.shares = self.merged is not None or any(
+            r.groups is not None for bank in self.roles.values() for r in bank
+        )
 
 
 class Forward:
@@ -107,6 +155,7 @@ class Forward:
         norm: What each expert's output goes through, if anything.
         norms: Column norms of the dynamic base of down.
         skipping: Whether dynamic terms skip channels.
+        kept: Which choices are computed, ``[T, k]``; None: all.
     """
 
     def __init__(
@@ -122,13 +171,14 @@ class Forward:
         norm: Callable[[Tensor], Tensor] | None,
         norms: ColumnNorms,
         skipping: bool,
+        kept: Tensor | None = None,
     ) -> None:
         self._path = path
         self._banks = banks
         self._wide = [part for part in banks if part != "down"]
         self._x = x
-        self.rows = Rows(choices, experts)
-        self._weights = weights
+        self.rows = Rows(choices, experts, path.merged, kept)
+        self._weights = self.rows.weights(weights)
         self._activate = activate
         self._norm = norm
         self._norms = norms
@@ -287,7 +337,7 @@ class Forward:
 
     def _over_choices(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Sums rows over each token's choices, [n, H] → [T, H], in the order of the choices."""
-        ordered = values.index_select(0, self.rows.inverse().reshape(-1))
+        ordered = self.rows.padded(values).index_select(0, self.rows.inverse().reshape(-1))
         return ordered.view(*self._weights.shape, -1).sum(1, dtype=dtype)
 
     def _normed_down(self, h: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from .expert_list import TermExpertList, follow
 from .experts import TermExperts
 from .linear import TermLinear
 from .owner import TermModule
+from .resize import find_path, resize
 
 if TYPE_CHECKING:
     from .quantizer import MctkConfig
@@ -29,7 +30,7 @@ def swap(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
         CheckpointError: Names the module and the key that does not fit the model.
     """
     for path, entry in modules.items():
-        own_path = _find(model, path)
+        own_path = find_path(model, path)
         original = model.get_submodule(own_path)
         try:
             replacement = _replacement(original, entry)
@@ -52,19 +53,8 @@ def swap_from_config(model: nn.Module, config: MctkConfig | Mapping[str, Any]) -
 
     checked = config if isinstance(config, MctkConfig) else MctkConfig(**config)
     load_providers(checked.providers)
+    resize(model, checked.experts)
     swap(model, checked.modules)
-
-
-def _find(model: nn.Module, path: str) -> str:
-    """A module's path in this model, which may be the headless one or the one with a head."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    raise CheckpointError(f"module {path}: {type(model).__name__} has no such module")
 
 
 def _replacement(original: nn.Module, entry: Mapping[str, Any]) -> TermModule:
@@ -80,7 +70,7 @@ def _replacement(original: nn.Module, entry: Mapping[str, Any]) -> TermModule:
     if kind == "linear":
         _check_specs("terms", terms)
         if isinstance(original, TermLinear):
-            dtype = next((p.dtype for p in original.parameters()), None)
+            dtype = original.dtype
         elif isinstance(original, nn.Linear):
             dtype = original.weight.dtype
         else:
