@@ -1,131 +1,44 @@
-"""Statistics equal plain loops over a whole model; the cache gives back what was put in."""
+"""Statistics equal plain loops over a whole model."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import defaultdict
-from functools import partial
-from pathlib import Path
 
 import families
 import pytest
 import torch
-from mctk.checkpoint import Source
-from mctk.engine.calibrate import cache_context, calibrate
-from mctk.engine.progress import Reporter
-from mctk.errors import UserError
-from mctk.models import BankSite, bank_sites, installed, read_banks
+from calibration_bench import (
+    BATCH,
+    FAMILIES,
+    LENGTH,
+    SEQUENCES,
+    Bench,
+    activated,
+    experts_path,
+    needs_of,
+    recorded,
+)
+from mctk.models import bank_sites, installed, read_banks
 from mctk.runtime import observe
 from mctk.statistics import (
     ChannelEnergy,
+    ChannelMagnitude,
     ExpertFrequency,
     Fisher,
     LayerCollector,
     LayerSamples,
     LayerStatistics,
+    Magnitude,
     Moment,
     Need,
     RouterWeight,
     SecondMoment,
-    StatisticsCache,
-    cache_directory,
-    size_of,
 )
-from mctk.statistics.values import to_tensors
-from mctk.sweep import ForwardSweep, StreamedModel
+from mctk.sweep import ForwardSweep
 from mctk.terms import Bank, BankShape, Bias, Dense, LowRank
-from safetensors.torch import load_file, save_file
-
-SEQUENCES, LENGTH, BATCH = 5, 11, 2
-
-
-def needs_of(sites: dict, samples: int = 20) -> list[Need]:
-    """Everything that can be asked of a layer."""
-    needs: list[Need] = []
-    for name, site in sites.items():
-        for side in ("input", "output"):
-            needs += [SecondMoment(name, side), SecondMoment(name, side, pooled=True)]
-        needs.append(ChannelEnergy(name))
-        if site.part != "linear":
-            needs.append(ChannelEnergy(name, weighted=True))
-    unique = {need.canonical(sites) for need in needs}
-    return [ExpertFrequency(), RouterWeight(), LayerSamples(samples), *sorted(unique, key=repr)]
-
-
-class Bench:
-    """One family, streamed and whole, and what a calibration of it gives."""
-
-    def __init__(self, root: Path, family: str) -> None:
-        self.whole = families.tiny(family)
-        self.whole.save_pretrained(root / "model", max_shard_size="40KB")
-        if family != "llama":
-            self.whole.set_experts_implementation("mctk")
-        self.model = StreamedModel(Source(root / "model"))
-        self.ids = families.token_ids(SEQUENCES, LENGTH)
-        self.sites = [bank_sites(layer) for layer in self.model.layers]
-        self.needs = {i: needs_of(sites) for i, sites in enumerate(self.sites)}
-        self.root = root
-
-    def cache(self, **changes: object) -> StatisticsCache:
-        context = {**cache_context(self.model, "f", "t", BATCH), **changes}
-        return StatisticsCache(self.root / "cache", context)
-
-    def calibrate(self, cache: StatisticsCache) -> int:
-        state = self.root / "state"
-        state.mkdir(exist_ok=True)
-        reporter = Reporter(quiet=True)
-        return calibrate(
-            self.model, self.ids, BATCH, self.needs, self.sites, cache, state, reporter
-        )
-
-    def statistics(self, layer: int) -> LayerStatistics:
-        values = {n: partial(self.cache().get, n, layer) for n in self.needs[layer]}
-        return LayerStatistics(layer, values, self.sites[layer])
-
-
-FAMILIES = ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "llama"]
-
-
-@pytest.fixture(scope="module")
-def benches(tmp_path_factory):
-    made: dict[str, Bench] = {}
-
-    def bench(family: str) -> Bench:
-        if family not in made:
-            made[family] = Bench(tmp_path_factory.mktemp(family), family)
-            assert made[family].calibrate(made[family].cache()) == 1
-        return made[family]
-
-    return bench
-
 
 # Plain loops.
-
-
-def recorded(bench: Bench) -> list[dict]:
-    """Per layer: its inputs, every linear layer's inputs, and what reached the experts."""
-    layers: list[dict] = [defaultdict(list) for _ in bench.sites]
-    handles = []
-    for layer, found in zip(bench.whole.model.layers, layers, strict=True):
-
-        def entry(module, args, found=found):
-            found["layer"].append(args[0])
-
-        handles.append(layer.register_forward_pre_hook(entry))
-        for path, module in layer.named_modules():
-
-            def tap(module, args, found=found, path=path):
-                found[path].append(args)
-
-            if isinstance(module, torch.nn.Linear) or path.endswith("experts"):
-                handles.append(module.register_forward_pre_hook(tap))
-    with torch.no_grad():
-        for ids in bench.ids.split(BATCH):
-            bench.whole(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return layers
 
 
 def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
@@ -142,23 +55,14 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
         if site.part == "linear":
             for (x,) in found[site.module]:
                 inputs[name][0] += list(x.reshape(-1, x.shape[-1]))
-    for hidden, chosen, weights in found["mlp.experts"]:
-        experts = layer.mlp.experts
+    for hidden, chosen, weights in found[experts_path(layer)]:
         for token, row in enumerate(chosen.tolist()):
             mixed: dict[str, torch.Tensor | int] = dict.fromkeys(("gate", "up", "down"), 0)
             for slot, e in enumerate(row):
                 frequency[e] += 1
                 weight[e] += weights[token, slot].double()
                 x = hidden[token]
-                gate, gate_bias = banks["experts.gate"].materialise(e)
-                up, up_bias = banks["experts.up"].materialise(e)
-                gate = gate @ x + (0 if gate_bias is None else gate_bias)
-                up = up @ x + (0 if up_bias is None else up_bias)
-                if experts.is_concatenated:
-                    fused = torch.cat([gate, up])
-                else:
-                    fused = torch.stack([gate, up], 1).reshape(-1)
-                h = experts._apply_gate(fused[None])[0]
+                h = activated(layer, banks, e, x)
                 for part, value in (("gate", x), ("up", x), ("down", h)):
                     inputs[f"experts.{part}"][e].append(value)
                     mixed[part] = mixed[part] + weights[token, slot].double() * value.double()
@@ -180,6 +84,10 @@ def naive(bench: Bench, index: int, found: dict) -> dict[Need, object]:
             values[SecondMoment(name, side, pooled=True)] = pooled
             if side == "input":
                 values[ChannelEnergy(name)] = total.diagonal(dim1=1, dim2=2)
+                magnitude = torch.zeros(shape.members, n, dtype=torch.float64)
+                for member, rows in inputs[name].items():
+                    magnitude[member] = sum(x.double().abs() for x in rows)
+                values[ChannelMagnitude(name)] = Magnitude(magnitude, count)
         if name in weighted:
             energy = sum(row.square() for row in weighted[name])
             values[ChannelEnergy(name, weighted=True)] = energy[None]
@@ -199,6 +107,12 @@ def test_statistics_equal_plain_loops(benches, family):
                 assert torch.equal(value.count, expected.count)
                 scale = expected.value.abs().max()
                 assert torch.allclose(value.value.double(), expected.value, atol=1e-5 * scale)
+            elif isinstance(need, ChannelMagnitude):
+                assert value.value.dtype == torch.float32
+                assert torch.equal(value.count, expected.count)
+                assert torch.allclose(value.value.double(), expected.value, rtol=1e-5)
+                mean = expected.value / expected.count.clamp(min=1)[:, None]
+                assert torch.allclose(value.mean().double(), mean, rtol=1e-5)
             elif isinstance(need, ChannelEnergy):
                 assert value.dtype == torch.float32 and value.shape == expected.shape
                 assert torch.allclose(value.double(), expected, rtol=1e-5)
@@ -246,6 +160,7 @@ def test_needs_have_one_name_where_inputs_are_the_same():
         SecondMoment("experts.up", of="current", pooled=True),
         ChannelEnergy("experts.up"),
         ChannelEnergy("experts.up", weighted=True),
+        ChannelMagnitude("experts.up"),
     ):
         assert need.canonical(both) == dataclasses.replace(need, bank="experts.gate")
         assert need.canonical(["experts.up"]) == need
@@ -420,7 +335,7 @@ def test_listening_ends(benches):
     assert seen
     assert int(collector.frequency.sum()) == 0
     for need, value in collector.result().items():
-        if isinstance(need, SecondMoment):
+        if isinstance(need, SecondMoment | ChannelMagnitude):
             assert int(value.count.sum()) == 0
         elif isinstance(need, ChannelEnergy):
             assert not value.any()
@@ -447,219 +362,3 @@ def test_statistics_that_were_not_declared():
     with pytest.raises(KeyError, match=r"layer 3: SecondMoment\(.*was not declared"):
         statistics[SecondMoment("experts.up")]
     assert torch.equal(statistics[ExpertFrequency()], torch.ones(2))
-
-
-# Sizes.
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_are_those_of_the_stored_tensors(benches, family):
-    bench = benches(family)
-    cache = bench.cache()
-    for index, sites in enumerate(bench.sites):
-        for need in bench.needs[index]:
-            tensors = to_tensors(cache.get(need, index))
-            stored = sum(t.numel() * t.element_size() for t in tensors.values())
-            assert size_of(need, sites, 32, 4, LENGTH) == stored, need
-            payload = load_file(cache.path(need, index))
-            assert sum(t.numel() * t.element_size() for t in payload.values()) == stored
-
-
-def test_the_size_of_fisher_information():
-    sites = {"x": BankSite("x", "x", "linear", BankShape(3, 5, 7), False)}
-    assert size_of(Fisher("x"), sites, 32, 2, LENGTH) == 3 * 5 * 7 * 4
-
-
-# The cache.
-
-
-def test_the_second_calibration_is_all_hits_and_no_sweep(benches, monkeypatch):
-    bench = benches("mixtral")
-    monkeypatch.setattr(ForwardSweep, "run", lambda *args: pytest.fail("swept again"))
-    cache = bench.cache()
-    asked = sum(len(needs) for needs in bench.needs.values())
-    assert bench.calibrate(cache) == 0
-    assert (cache.hits, cache.misses) == (asked, 0)
-    assert bench.calibrate(cache) == 0
-    assert (cache.hits, cache.misses) == (2 * asked, 0)
-
-
-def test_only_what_is_missing_is_collected(tmp_path):
-    bench = Bench(tmp_path, "mixtral")
-    cache = bench.cache()
-    everything = bench.needs
-    bench.needs = {0: [ExpertFrequency()], 1: [ExpertFrequency()]}
-    assert bench.calibrate(cache) == 1
-    assert (cache.hits, cache.misses) == (0, 2)
-    bench.needs = everything
-    assert bench.calibrate(cache) == 1
-    asked = sum(len(needs) for needs in everything.values())
-    assert (cache.hits, cache.misses) == (2, 2 + asked - 2)
-    assert not list((tmp_path / "state").glob("*.safetensors"))
-
-
-def test_a_killed_calibration_goes_on(tmp_path, monkeypatch):
-    bench = Bench(tmp_path, "deepseek_v3")
-    reference = bench.cache(model="other")
-    bench.calibrate(reference)
-    put = StatisticsCache.put
-
-    def killed(self, need, layer, value):
-        if layer == 2 and isinstance(need, LayerSamples):
-            raise KeyboardInterrupt
-        put(self, need, layer, value)
-
-    monkeypatch.setattr(StatisticsCache, "put", killed)
-    with pytest.raises(KeyboardInterrupt):
-        bench.calibrate(bench.cache())
-    monkeypatch.undo()
-    starts = []
-    run = ForwardSweep.run
-    monkeypatch.setattr(
-        ForwardSweep,
-        "run",
-        lambda self, visit, start: starts.append(start) or run(self, visit, start),
-    )
-    cache = bench.cache()
-    bench.calibrate(cache)
-    assert starts == [2]
-    for layer, needs in bench.needs.items():
-        for need in needs:
-            ours, theirs = (
-                to_tensors(cache.get(need, layer)),
-                to_tensors(reference.get(need, layer)),
-            )
-            assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
-def test_states_of_other_tokens_are_not_taken(tmp_path, monkeypatch):
-    bench = Bench(tmp_path, "mixtral")
-    put = StatisticsCache.put
-
-    def killed(self, need, layer, value):
-        if layer == 1:
-            raise KeyboardInterrupt
-        put(self, need, layer, value)
-
-    monkeypatch.setattr(StatisticsCache, "put", killed)
-    with pytest.raises(KeyboardInterrupt):
-        bench.calibrate(bench.cache())
-    monkeypatch.undo()
-    bench.ids = families.token_ids(SEQUENCES, LENGTH, seed=9)
-    other, fresh = bench.cache(tokens="other"), bench.cache(tokens="fresh")
-    bench.calibrate(other)
-    bench.calibrate(fresh)
-    need = SecondMoment("attention.o")
-    assert torch.equal(other.get(need, 1).value, fresh.get(need, 1).value)
-
-
-@pytest.mark.parametrize(
-    "change", ["model", "tokens", "batch", "dtype", "attention", "device", "activations", "torch"]
-)
-def test_the_key_changes_with_the_context(benches, change):
-    bench = benches("mixtral")
-    need = SecondMoment("experts.gate")
-    path = bench.cache().path(need, 0)
-    assert bench.cache().path(need, 0) == path
-    assert bench.cache(**{change: "other"}).path(need, 0) != path
-    assert not bench.cache(**{change: "other"}).has(need, 0)
-
-
-def test_the_context_has_model_tokens_and_dtype(benches):
-    bench = benches("mixtral")
-    half = StreamedModel(bench.model.source, dtype="bfloat16")
-    contexts = [
-        cache_context(bench.model, "f", "t", 1),
-        cache_context(bench.model, "g", "t", 1),
-        cache_context(bench.model, "f", "u", 1),
-        cache_context(bench.model, "f", "t", 2),
-        cache_context(half, "f", "t", 1),
-    ]
-    assert len({repr(context) for context in contexts}) == len(contexts)
-
-
-def test_the_key_changes_with_need_layer_and_version(benches, monkeypatch):
-    cache = benches("mixtral").cache()
-    needs = [
-        SecondMoment("experts.gate"),
-        SecondMoment("experts.gate", "output"),
-        SecondMoment("experts.down"),
-        SecondMoment("experts.down", of="current"),
-        SecondMoment("experts.down", pooled=True),
-        ChannelEnergy(),
-        ChannelEnergy(weighted=True),
-        ChannelEnergy(of="current"),
-        Fisher("experts.down"),
-        Fisher("experts.down", "model"),
-        ExpertFrequency(),
-        RouterWeight(),
-        LayerSamples(10),
-        LayerSamples(11),
-    ]
-    paths = {cache.path(need, layer) for need in needs for layer in (0, 1)}
-    assert len(paths) == 2 * len(needs)
-    monkeypatch.setattr(SecondMoment, "version", 2)
-    assert cache.path(needs[0], 0) not in paths
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "no checksum"])
-def test_a_statistic_that_is_not_whole_counts_as_missing(tmp_path, caplog, damage):
-    cache = StatisticsCache(tmp_path, {})
-    need = SecondMoment("x")
-    cache.put(need, 0, Moment(torch.randn(2, 3, 3), torch.tensor([4, 5])))
-    path = cache.path(need, 0)
-    if damage == "cut":
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - 4)
-    elif damage == "garbage":
-        path.write_bytes(b"garbage")
-    else:
-        save_file(load_file(path), path)
-    with caplog.at_level(logging.WARNING):
-        assert not cache.has(need, 0)
-    assert not path.exists()
-    assert damage == "no checksum" or "damaged and will be collected anew" in caplog.text
-    cache.put(need, 0, Moment(torch.ones(1, 2, 2), torch.tensor([1])))
-    assert cache.has(need, 0)
-
-
-def test_a_changed_byte_is_an_error_and_never_a_number(tmp_path):
-    cache = StatisticsCache(tmp_path, {})
-    cache.put(RouterWeight(), 0, torch.randn(50, dtype=torch.float64))
-    path = cache.path(RouterWeight(), 0)
-    data = bytearray(path.read_bytes())
-    data[-20] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"checksum is wrong.*removed; run the same"):
-        cache.get(RouterWeight(), 0)
-    assert not cache.has(RouterWeight(), 0)
-    with pytest.raises(UserError, match="has gone from the cache"):
-        cache.get(RouterWeight(), 0)
-
-
-def test_values_come_back_as_they_were_put(tmp_path):
-    cache = StatisticsCache(tmp_path, {})
-    values = {
-        ExpertFrequency(): torch.tensor([3, 0, 7]),
-        RouterWeight(): torch.randn(3, dtype=torch.float64),
-        LayerSamples(4): torch.randn(2, 4, 3).bfloat16(),
-        SecondMoment("x"): Moment(torch.randn(2, 3, 3).mT, torch.tensor([1, 2])),
-        SecondMoment("x", pooled=True): Moment(torch.randn(1, 3, 3), torch.tensor([3])),
-        ChannelEnergy("x"): torch.randn(2, 3),
-        Fisher("x"): torch.randn(2, 4, 3),
-    }
-    for need, value in values.items():
-        cache.put(need, 1, value)
-        got, expected = to_tensors(cache.get(need, 1)), to_tensors(value)
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[k], expected[k]) for k in got)
-        assert all(got[k].dtype == expected[k].dtype for k in got)
-
-
-def test_the_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("MCTK_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "mctk"
-    monkeypatch.setenv("MCTK_CACHE", str(tmp_path / "mine"))
-    assert cache_directory() == tmp_path / "mine"
-    assert cache_directory(tmp_path / "given") == tmp_path / "given"

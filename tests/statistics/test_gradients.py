@@ -10,7 +10,7 @@ import torch
 from mctk.errors import UserError
 from mctk.models import bank_sites, installed, read_banks
 from mctk.runtime import experts_forward, observe_gradients
-from mctk.statistics import Fisher, GradientCollector
+from mctk.statistics import Fisher, GradientCollector, RowFisher
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -219,6 +219,27 @@ def test_experts_of_every_layout(family):
     # One alone is the same: what is not asked for is not missed.
     for name in names.values():
         assert torch.equal(collect(layer, forward, [x], [name], 4)[name], found[name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "ungated"])
+def test_rows_are_the_sums_of_what_entries_are(family):
+    layer, forward = moe(family)
+    layer.requires_grad_(False)
+    banks = [name for name in bank_sites(layer) if name.startswith("experts.")]
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(6))
+    found = []
+    for kinds in ((Fisher, RowFisher), (RowFisher,)):
+        needs = [kind(bank) for kind in kinds for bank in banks]
+        collector = GradientCollector(layer, 0, bank_sites(layer), needs, 4, CPU)
+        with collector.listening():
+            given = x.clone().requires_grad_()
+            torch.autograd.grad(forward(given).square().sum(), given)
+        found.append(collector.result())
+    for bank in banks:
+        rows = found[0][RowFisher(bank)]
+        torch.testing.assert_close(rows, found[0][Fisher(bank)].sum(-1), rtol=1e-5, atol=1e-6)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, found[1][RowFisher(bank)])  # whoever else asks
 
 
 def test_listening_ends():

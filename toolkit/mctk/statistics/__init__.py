@@ -5,28 +5,48 @@ from .collect import LayerCollector
 from .gradients import GradientCollector
 from .needs import (
     ChannelEnergy,
+    ChannelMagnitude,
     ExpertFrequency,
+    ExpertMeans,
+    ExpertOutputs,
     Fisher,
     LayerSamples,
     Need,
+    RoutedOutputs,
+    RouterLogits,
     RouterWeight,
+    RowFisher,
     SecondMoment,
 )
-from .values import LayerStatistics, Moment, size_of
+from .routed import RoutedSum
+from .router import check_needs
+from .sizes import size_of
+from .values import LayerStatistics, Magnitude, Moment, OutputSums, RoutedSample
 
 __all__ = [
     "ChannelEnergy",
+    "ChannelMagnitude",
     "ExpertFrequency",
+    "ExpertMeans",
+    "ExpertOutputs",
     "Fisher",
     "GradientCollector",
     "LayerCollector",
     "LayerSamples",
     "LayerStatistics",
+    "Magnitude",
     "Moment",
     "Need",
+    "OutputSums",
+    "RoutedOutputs",
+    "RoutedSample",
+    "RoutedSum",
+    "RouterLogits",
     "RouterWeight",
+    "RowFisher",
     "SecondMoment",
     "StatisticsCache",
     "cache_directory",
+    "check_needs",
     "size_of",
 ]

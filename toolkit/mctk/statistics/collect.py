@@ -3,129 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..runtime import observe, observed_forward
 from ..terms import Bank
+from .listen import listening_to_forwards
 from .needs import (
     ChannelEnergy,
+    ChannelMagnitude,
     ExpertFrequency,
+    ExpertMeans,
+    ExpertOutputs,
     LayerSamples,
     Need,
+    RoutedOutputs,
+    RouterLogits,
     RouterWeight,
     SecondMoment,
 )
-from .values import LayerStatistics, Moment
+from .outputs import EveryMean, OutputTotals
+from .routed import RoutedGrams
+from .router import LogitMoment
+from .sums import EnergySum, MagnitudeSum, MomentSum, Sum, WeightedEnergySum
+from .values import LayerStatistics
 
 if TYPE_CHECKING:
     from ..models import BankSite
 
-
-class _Sum(Protocol):
-    """Adds up something over rows that enter a bank."""
-
-    def add(self, member: int, x: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> None:
-        """Takes the rows x [n, in] of a member, their tokens [n] and routing weights [n]."""
-
-    def value(self) -> Any:
-        """The statistic, on the CPU."""
-
-
-class _MomentSum:
-    """Accumulates Σ x xᵀ per member in float32 (bfloat16 sums would be 5 % off)."""
-
-    def __init__(self, need: SecondMoment, bank: Bank, device: torch.device) -> None:
-        shape = bank.shape
-        self.bank = _matrices(bank, need.of, device) if need.side == "output" else None
-        self.pooled = need.pooled
-        n = shape.in_features if need.side == "input" else shape.out_features
-        sums = 1 if need.pooled else shape.members
-        self.total = torch.zeros(sums, n, n, dtype=torch.float32, device=device)
-        self.count = torch.zeros(sums, dtype=torch.int64)
-
-    def add(self, member: int, x: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> None:
-        """See `_Sum`."""
-        if self.bank is not None:
-            x = self.bank.apply(x.to(self.bank.terms[0].dtype), member)
-        x = x.float()
-        place = 0 if self.pooled else member
-        self.total[place].addmm_(x.T, x)
-        self.count[place] += x.shape[0]
-
-    def value(self) -> Moment:
-        """See `_Sum`."""
-        return Moment(self.total.cpu(), self.count)
-
-
-def _matrices(bank: Bank, of: str, device: torch.device) -> Bank:
-    """A bank of the terms whose outputs are asked for.
-
-    Outputs are those of weights alone: a constant has no place in their moment. Of a model's own
-    bank that is the sum of its terms; of a bank that steps have worked on it is the term with one
-    matrix per member (or per group), without a base that the members share.
-    """
-    if of == "original":
-        return bank.without_biases()
-    own = bank.matrices()
-    if own is None:
-        raise ValueError(f"{bank.name} of layer {bank.layer}: has no dense term left")
-    return Bank(bank.name, bank.layer, bank.shape, [own.to(device=device)])
-
-
-class _EnergySum:
-    """Accumulates Σ x_j² per member in float64; only rows are ever squared, so it costs nothing."""
-
-    def __init__(self, bank: Bank, device: torch.device) -> None:
-        shape = bank.shape
-        self.total = torch.zeros(
-            shape.members, shape.in_features, dtype=torch.float64, device=device
-        )
-
-    def add(self, member: int, x: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> None:
-        """See `_Sum`."""
-        self.total[member] += x.float().square().sum(0)
-
-    def value(self) -> torch.Tensor:
-        """See `_Sum`."""
-        return self.total.float().cpu()
-
-
-class _WeightedEnergySum:
-    """Accumulates Σ_t (Σ_e g_e x_ej)²: a token's experts are gathered before anything is squared.
-
-    Experts come one after the other, so the sums of one forward's tokens are kept, [T, in], and
-    squared once all its experts have run.
-    """
-
-    def __init__(self, bank: Bank, device: torch.device) -> None:
-        self.device = device
-        self.total = torch.zeros(1, bank.shape.in_features, dtype=torch.float64, device=device)
-        self.gathered = self.total.new_zeros(0)
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins: the hook before it."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        tokens = hidden.numel() // hidden.shape[-1]
-        self.gathered = torch.zeros(
-            tokens, self.total.shape[1], dtype=torch.float32, device=self.device
-        )
-
-    def end(self, *_: Any) -> None:
-        """It has ended: the hook after it."""
-        self.total += self.gathered.square().sum(0)
-        self.gathered = self.total.new_zeros(0)
-
-    def add(self, member: int, x: torch.Tensor, token: torch.Tensor, weights: torch.Tensor) -> None:
-        """See `_Sum`."""
-        self.gathered.index_add_(0, token, x.float() * weights.float()[:, None])
-
-    def value(self) -> torch.Tensor:
-        """See `_Sum`."""
-        return self.total.float().cpu()
+OUTPUT = "output"  # of a sum whose rows are what the experts give
 
 
 class LayerCollector:
@@ -140,6 +48,11 @@ class LayerCollector:
             needs of "current", as the steps left them.
         needs: Canonical needs to collect, none of gradients.
         device: Where sums are kept.
+        reference: For `RoutedOutputs`, where what enters the layer is not the original's: what the
+            original layer's routed experts gave for the same tokens (`RoutedSum`).
+
+    Raises:
+        UserError: A need cannot be met by this layer.
     """
 
     def __init__(
@@ -150,74 +63,84 @@ class LayerCollector:
         banks: dict[str, Bank],
         needs: Iterable[Need],
         device: torch.device,
+        *,
+        reference: torch.Tensor | None = None,
     ) -> None:
-        self.layer, self.index, self.sites = layer, index, sites
+        self.layer, self.index, self.sites, self.device = layer, index, sites, device
         self.needs = list(needs)
-        self.sums: dict[Need, tuple[str, _Sum]] = {}  # with the name of the bank
+        self.reference = reference
+        experts = [site for site in sites.values() if site.part == "down"]
+        self.experts = experts[0] if experts else None
+        count = experts[0].shape.members if experts else 0
+        self.frequency = torch.zeros(count, dtype=torch.int64)
+        self.router_weight = torch.zeros(count, dtype=torch.float64)
+        self.sums: dict[Need, Sum] = {}
+        self.taps: dict[str, list[tuple[str, Sum]]] = {}  # by module: what rows, and who adds up
+        self.logits: dict[RouterLogits, LogitMoment] = {}
         for need in self.needs:
-            if isinstance(need, SecondMoment | ChannelEnergy):
-                self.sums[need] = need.bank, self._sum(need, banks[need.bank], device)
-        experts = next((s.shape.members for s in sites.values() if s.part == "down"), 0)
-        self.frequency = torch.zeros(experts, dtype=torch.int64)
-        self.router_weight = torch.zeros(experts, dtype=torch.float64)
+            self._add(need, banks)
         self.samples: dict[LayerSamples, list[torch.Tensor]] = {
             need: [] for need in self.needs if isinstance(need, LayerSamples)
         }
 
-    def _sum(self, need: SecondMoment | ChannelEnergy, bank: Bank, device: torch.device) -> _Sum:
+    def _add(self, need: Need, banks: dict[str, Bank]) -> None:
+        """Sets up who listens for a need."""
+        if isinstance(need, SecondMoment | ChannelEnergy | ChannelMagnitude):
+            site = self.sites[need.bank]
+            self.sums[need] = self._of_bank(need, banks[need.bank])
+            self.taps.setdefault(site.module, []).append((site.part, self.sums[need]))
+        elif isinstance(need, ExpertOutputs | ExpertMeans | RoutedOutputs | RouterLogits):
+            if self.experts is None:
+                raise ValueError(f"{need}: layer {self.index} has no experts")
+            if isinstance(need, RouterLogits):
+                self.logits[need] = LogitMoment(self.layer, self.sites, self.device)
+                return
+            self.sums[need] = self._of_outputs(need, self.experts)
+            self.taps.setdefault(self.experts.module, []).append((OUTPUT, self.sums[need]))
+
+    def _of_bank(self, need: SecondMoment | ChannelEnergy | ChannelMagnitude, bank: Bank) -> Sum:
         if isinstance(need, SecondMoment):
-            return _MomentSum(need, bank, device)
+            return MomentSum(need, bank, self.device)
+        if isinstance(need, ChannelMagnitude):
+            return MagnitudeSum(bank, self.device)
         if not need.weighted:
-            return _EnergySum(bank, device)
+            return EnergySum(bank, self.device)
         if self.sites[need.bank].part == "linear":
             raise ValueError(f"{need}: no routing weights belong to {need.bank}")
-        return _WeightedEnergySum(bank, device)
+        return WeightedEnergySum(bank, self.device)
+
+    def _of_outputs(self, need: ExpertOutputs | ExpertMeans | RoutedOutputs, down: BankSite) -> Sum:
+        experts, hidden = down.shape.members, down.shape.out_features
+        module = self.layer.get_submodule(down.module)
+        if isinstance(need, ExpertOutputs):
+            return OutputTotals(experts, hidden, self.device)
+        if isinstance(need, ExpertMeans):
+            return EveryMean(module, experts, hidden, self.device)
+        return RoutedGrams(need, module, experts, self.device, self.reference)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """While open, everything that passes through the layer is counted."""
-        modules = dict(self.layer.named_modules())
-        taps: dict[str, list[tuple[str, _Sum]]] = {}
-        for bank, total in self.sums.values():
-            site = self.sites[bank]
-            taps.setdefault(site.module, []).append((site.part, total))
         with contextlib.ExitStack() as stack:
             for path in {site.module for site in self.sites.values() if site.part == "down"}:
-                stack.enter_context(observe(modules[path], self._expert_tap(taps.get(path, []))))
-            for path, listeners in taps.items():
-                if self._is_linear(path):
-                    handle = modules[path].register_forward_pre_hook(_linear_tap(listeners))
+                listeners = self.taps.get(path, [])
+                listening = listening_to_forwards(self.layer, path, listeners, self._count)
+                stack.enter_context(listening)
+            for path, listeners in self.taps.items():
+                if any(s.module == path and s.part == "linear" for s in self.sites.values()):
+                    module = self.layer.get_submodule(path)
+                    handle = module.register_forward_pre_hook(_linear_tap(listeners))
                     stack.callback(handle.remove)
-                for _, total in listeners:
-                    if isinstance(total, _WeightedEnergySum):
-                        module = observed_forward(modules[path])
-                        before = module.register_forward_pre_hook(total.begin, with_kwargs=True)
-                        after = module.register_forward_hook(total.end)
-                        stack.callback(before.remove)
-                        stack.callback(after.remove)
+            for total in self.logits.values():
+                handle = total.module.register_forward_pre_hook(total.before, with_kwargs=True)
+                stack.callback(handle.remove)
             yield
 
-    def _is_linear(self, path: str) -> bool:
-        return any(s.module == path and s.part == "linear" for s in self.sites.values())
+    def _count(self, expert: int, weights: torch.Tensor) -> None:
+        self.frequency[expert] += weights.shape[0]
+        self.router_weight[expert] += float(weights.double().sum())
 
-    def _expert_tap(self, listeners: list[tuple[str, _Sum]]) -> Callable[..., None]:
-        def tap(
-            expert: int,
-            token: torch.Tensor,
-            slot: torch.Tensor,
-            x: torch.Tensor,
-            h: torch.Tensor,
-            y: torch.Tensor,
-            weights: torch.Tensor,
-        ) -> None:
-            self.frequency[expert] += x.shape[0]
-            self.router_weight[expert] += float(weights.double().sum())
-            for part, total in listeners:
-                total.add(expert, h if part == "down" else x, token, weights)
-
-        return tap
-
-    def sample(self, inputs: list[torch.Tensor]) -> None:
+    def sample(self, inputs: Sequence[torch.Tensor]) -> None:
         """Keeps the first sequences that enter the layer ([B, T, H] a batch), if asked for."""
         for need, samples in self.samples.items():
             kept = 0
@@ -233,7 +156,9 @@ class LayerCollector:
         values: dict[Need, Any] = {}
         for need in self.needs:
             if need in self.sums:
-                values[need] = self.sums[need][1].value()
+                values[need] = self.sums[need].value()
+            elif isinstance(need, RouterLogits):
+                values[need] = self.logits[need].value()
             elif isinstance(need, ExpertFrequency):
                 values[need] = self.frequency
             elif isinstance(need, RouterWeight):
@@ -245,7 +170,7 @@ class LayerCollector:
         return LayerStatistics(self.index, values, self.sites)
 
 
-def _linear_tap(listeners: list[tuple[str, _Sum]]) -> Callable[..., None]:
+def _linear_tap(listeners: list[tuple[str, Sum]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1])
         token = torch.arange(rows.shape[0], device=rows.device)

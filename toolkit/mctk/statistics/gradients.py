@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..runtime import TermModule, gate_up_rows, observe_forwards, observe_gradients
-from .needs import Fisher, Need
+from .needs import Fisher, Need, RowFisher
 
 if TYPE_CHECKING:
     from ..models import BankSite
@@ -25,24 +25,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Squares:
-    """The sum of squared gradients of one bank.
+    """Sums of squared gradients of one bank, of every entry, of every row, or both.
 
     Attributes:
         rows: Which of the outputs that the module computes at once are the bank's.
-        total: float32 [members, out, in].
         gradient: Room for one matrix, [out, in].
+        entries: float32 [members, out, in], if asked for.
+        row_sums: float64 [members, out], if asked for.
     """
 
     rows: slice
-    total: torch.Tensor
     gradient: torch.Tensor
+    entries: torch.Tensor | None = None
+    row_sums: torch.Tensor | None = None
 
     def add(self, member: int, x: torch.Tensor, grad: torch.Tensor, counts: list[int]) -> None:
         """Adds the squares of a member's rows x [n, in] and grad [n, ...], `counts` a sequence."""
         for inputs, outputs in zip(x.split(counts), grad[:, self.rows].split(counts), strict=True):
             if inputs.shape[0]:
                 torch.mm(outputs.T, inputs, out=self.gradient)
-                self.total[member].addcmul_(self.gradient, self.gradient)
+                if self.entries is not None:
+                    self.entries[member].addcmul_(self.gradient, self.gradient)
+                if self.row_sums is not None:
+                    self.row_sums[member] += self.gradient.square_().sum(1)
 
 
 class _Tap:
@@ -108,8 +113,8 @@ class GradientCollector:
         layer: The decoder layer.
         index: Its number.
         sites: Its bank sites by name.
-        needs: The `Fisher` needs among them are collected; all of the labels that the sweep runs
-            with.
+        needs: The `Fisher` and `RowFisher` needs among them are collected; all of the labels that
+            the sweep runs with.
         tokens_per_sequence: T; batches hold whole sequences, one after the other.
         device: Where sums are kept: where the layer computes.
 
@@ -126,12 +131,13 @@ class GradientCollector:
         tokens_per_sequence: int,
         device: torch.device,
     ) -> None:
-        wanted = [need for need in needs if isinstance(need, Fisher)]
+        wanted = [need for need in needs if isinstance(need, Fisher | RowFisher)]
         if len({need.labels for need in wanted}) > 1:
             raise ValueError("one sweep has gradients for one kind of labels")
         self.taps: dict[str, _Tap] = {}
         self.modules: dict[str, nn.Module] = {}
-        self._totals: dict[Fisher, tuple[_Tap, _Squares]] = {}
+        self._wanted = wanted
+        self._sums: dict[str, tuple[_Tap, _Squares]] = {}  # by bank
         for need in wanted:
             site = sites[need.bank]
             module = layer.get_submodule(site.module)
@@ -140,18 +146,24 @@ class GradientCollector:
                     f"layer {index}, {need.bank}: is compressed already; Fisher information is "
                     "of original weights only"
                 )
-            shape = site.shape
-            size = shape.out_features, shape.in_features
-            squares = _Squares(
-                _rows(module, site),
-                torch.zeros(shape.members, *size, dtype=torch.float32, device=device),
-                torch.empty(size, dtype=torch.float32, device=device),
+            members, out, columns = (
+                site.shape.members,
+                site.shape.out_features,
+                site.shape.in_features,
             )
-            name = f"layer {index}, {site.module}"
-            tap = self.taps.setdefault(site.module, _Tap(name, tokens_per_sequence))
-            tap.squares.setdefault(_matrix(module, site), []).append(squares)
-            self.modules[site.module] = module
-            self._totals[need] = tap, squares
+            if need.bank not in self._sums:
+                room = torch.empty(out, columns, dtype=torch.float32, device=device)
+                squares = _Squares(_rows(module, site), room)
+                name = f"layer {index}, {site.module}"
+                tap = self.taps.setdefault(site.module, _Tap(name, tokens_per_sequence))
+                tap.squares.setdefault(_matrix(module, site), []).append(squares)
+                self.modules[site.module] = module
+                self._sums[need.bank] = tap, squares
+            squares = self._sums[need.bank][1]
+            if isinstance(need, Fisher):
+                squares.entries = torch.zeros(members, out, columns, device=device)
+            else:
+                squares.row_sums = torch.zeros(members, out, dtype=torch.float64, device=device)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -168,7 +180,7 @@ class GradientCollector:
             yield
 
     def result(self) -> dict[Need, torch.Tensor]:
-        """Need → mean squared gradient, float32 [members, out, in], where it was summed.
+        """Mean squared gradients, float32: [members, out, in] where they were summed, or [.., out].
 
         Divides in place: it is called once.
 
@@ -176,11 +188,14 @@ class GradientCollector:
             UserError: Some gradients never came, or none was asked for.
         """
         values: dict[Need, torch.Tensor] = {}
-        for need, (tap, squares) in self._totals.items():
+        for need in self._wanted:
+            tap, squares = self._sums[need.bank]
             tap.check()
             if not tap.sequences:
                 raise UserError(f"{tap.name}: was not run; it has no Fisher information")
-            values[need] = squares.total.div_(tap.sequences)
+            total = squares.entries if isinstance(need, Fisher) else squares.row_sums
+            assert total is not None
+            values[need] = total.div_(tap.sequences).float()
         return values
 
 

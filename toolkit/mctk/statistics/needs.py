@@ -30,6 +30,11 @@ class Need:
         """Whether it is of what earlier steps leave, and not of the original."""
         return getattr(self, "of", "original") == "current"
 
+    @property
+    def compressed(self) -> bool:
+        """Whether it is of the activations that the run's own compressed layers pass on."""
+        return getattr(self, "of", "original") == "compressed"
+
     def identity(self) -> dict[str, Any]:
         """Kind, version and settings, as JSON."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -66,13 +71,15 @@ class SecondMoment(Need):
         of: "original": W are the original weights, x what enters them. "current": the matrices
             that the step is given, after the steps before it: W is the `Dense` term with the most
             slots (after a merge the residuals), x comes in the present order of the neurons. The
-            same as "original" where no step came before.
+            same as "original" where no step came before. "compressed": as "current", but what
+            enters the layer comes from the layers before it as this run has compressed them; a
+            method may ask for it beside one of the others.
         pooled: One sum over all members, [1, n, n].
     """
 
     bank: str
     side: Literal["input", "output"] = "input"
-    of: Literal["original", "current"] = "original"
+    of: Literal["original", "current", "compressed"] = "original"
     pooled: bool = False
 
     def canonical(self, banks: Container[str]) -> SecondMoment:
@@ -133,6 +140,72 @@ class LayerSamples(Need):
     """
 
     tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class ChannelMagnitude(Need):
+    """Magnitude of each channel that enters a bank, summed over tokens: `Magnitude`.
+
+    Attributes:
+        bank: The bank's name.
+    """
+
+    bank: str
+
+    def canonical(self, banks: Container[str]) -> ChannelMagnitude:
+        """See `Need.canonical`: inputs of up are those of gate."""
+        return dataclasses.replace(self, bank=_same_input(self.bank, banks))
+
+
+@dataclass(frozen=True)
+class RowFisher(Need):
+    """Squared gradients summed over each output row of a bank: float32 [members, out].
+
+    The row sums of `Fisher`; small enough to keep. Attributes as there.
+    """
+
+    gradient: ClassVar[bool] = True
+
+    bank: str
+    labels: Literal["data", "model"] = "data"
+
+
+@dataclass(frozen=True)
+class ExpertOutputs(Need):
+    """Sums over what each expert gave for the tokens routed to it: `OutputSums`.
+
+    Outputs as the model adds them up, biases and norms included, before routing weights.
+    """
+
+
+@dataclass(frozen=True)
+class ExpertMeans(Need):
+    """Mean output of each expert over *all* tokens, routed to it or not: float32 [E, H].
+
+    Before routing weights. It runs every expert on every token, E/k times the work of a forward.
+    """
+
+
+@dataclass(frozen=True)
+class RouterLogits(Need):
+    """Second moment of the router's logits over all tokens: `Moment` of float32 [1, E, E].
+
+    Logits are the products with the router's matrix, and its bias if it has one: before any
+    softmax or sigmoid, and without the correction biases that only move the choice.
+    """
+
+
+@dataclass(frozen=True)
+class RoutedOutputs(Need):
+    """All experts' outputs on the same tokens, and how the router would choose: `RoutedSample`.
+
+    It stores E² + E numbers a token, and runs every expert on every token of the sample.
+
+    Attributes:
+        tokens: How many tokens at most: the first of the calibration.
+    """
+
+    tokens: int = 16384
 
 
 def _same_input(bank: str, banks: Container[str]) -> str:
