@@ -13,15 +13,16 @@ PLUGINS = ROOT / "plugins"
 LINES = [
     {"__main__"},
     {"cli"},
+    {"compare"},
     {"engine"},
     {"plan", "report", "evaluate", "decompose"},
     {"recipe", "hookspecs", "registry", "sweep", "checkpoint", "data"},
     {"models", "statistics", "runtime"},
     {"linalg", "terms"},
-    {"errors", "files", "hook"},
+    {"errors", "files", "hook", "notes"},
 ]
 # What a plugin may build on.
-PUBLIC = {"decompose", "errors", "hookspecs", "linalg", "statistics", "terms"}
+PUBLIC = {"decompose", "errors", "hookspecs", "linalg", "notes", "statistics", "terms"}
 
 
 def imports(file, package):

@@ -82,6 +82,11 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(recipe, tmp_path):
     check(recipe, tmp_path, [0.15, 0.5, 0.8])
 
 
+def test_killed_in_a_backward_sweep_whose_gradients_are_kept(write_recipe, tmp_path):
+    steps = [{"decompose": "fwsvd", "options": {"rank_multiple": 1}}]
+    check(write_recipe(steps=steps), tmp_path, [0.45])
+
+
 @pytest.mark.slow
 def test_killed_at_every_commit(recipe, tmp_path):
     _, commits = start(recipe, tmp_path / "cache", tmp_path / "count")

@@ -1,9 +1,8 @@
 """What a plugin implements: `Method` (one class a method) and the hooks of a plugin itself.
 
-A plugin is a module or object named by an entry point of group ``mctk``. Its hooks (`Plugin`) carry
-`@hookimpl`; a `Method` overrides what its stage asks for, with exactly the arguments given here.
-Import torch inside the hooks only: recipes are read without. `statistics` maps need to value.
-Letters: T tokens, E experts, k experts per token, H hidden, I intermediate, r rank, L layers.
+A plugin: a module or object named by an entry point of group ``mctk``. Its hooks (`Plugin`) carry
+`@hookimpl`; a `Method` overrides what its stage asks for. Import torch inside hooks only. Letters:
+T tokens, E experts, k experts per token, H hidden, I intermediate, r rank, L layers.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -42,15 +41,16 @@ class Method:
     summary: ClassVar[str]  # one line
     reference: ClassVar[str] = ""  # paper or URL
     Options: ClassVar[type[MethodOptions]] = MethodOptions
-    scope: ClassVar[Literal["bank", "layer"]] = "bank"  # one call a bank, or a layer with all banks
+    scope: ClassVar[Literal["bank", "layer", "experts"]] = "bank"  # a call's; experts: all banks
     takes_size: ClassVar[bool | Literal["optional"]] = False  # needs `sizes`; `curve` if in errors
     units: ClassVar[Literal["squared_error", "score"]] = "squared_error"  # of `curve`
     propagate: ClassVar[Literal["original", "compressed"]] = "original"  # the paper's calibration
-    needs_curves: ClassVar[bool] = False  # an allocator that reads the curves' errors
+    same_size: ClassVar[bool] = False  # one setting for all layers, e.g. how many experts stay
+    needs_curves: ClassVar[bool] = False  # an allocator that reads curves, of its `units`
 
     @hookspec
     def needs(self, shape: BankShape, bank: str, options: Any) -> list[Need]:
-        """Returns the statistics to collect for a targeted bank, e.g. "experts.down"; none here."""
+        """Returns what `statistics` will map to values for a targeted bank, such as "mlp.up"."""
         return []
 
     @hookspec

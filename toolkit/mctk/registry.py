@@ -64,7 +64,7 @@ class _Manager(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         marked = super().parse_hookimpl_opts(plugin, name)
-        if marked is not None or not (isinstance(plugin, Method) and _implements(plugin, name)):
+        if marked is not None or not (isinstance(plugin, Method) and implements(plugin, name)):
             return marked
         return pluggy.HookimplOpts(
             wrapper=False,
@@ -214,7 +214,8 @@ def _given(plugin: Any) -> Any:
     return plugin
 
 
-def _implements(method: Method, hook: str) -> bool:
+def implements(method: Method, hook: str) -> bool:
+    """Whether a method overrides a hook."""
     return hook in _METHOD_HOOKS and getattr(type(method), hook) is not getattr(Method, hook)
 
 
@@ -251,10 +252,10 @@ def _check_method(method: Any) -> None:
     if method.takes_size:
         required += ["sizes"] + (["curve"] if method.units == "squared_error" else [])
     for hook in required:
-        if not _implements(method, hook):
+        if not implements(method, hook):
             raise TypeError(f"hook {hook}() is not implemented")
-    if method.scope == "layer" and method.stage == "decompose":
-        raise TypeError("scope 'layer' does not go with decompose")
+    if method.scope != "bank" and method.stage == "decompose":
+        raise TypeError(f"scope '{method.scope}' does not go with decompose")
     for hook, expected in _METHOD_HOOKS.items():
         given = tuple(inspect.signature(getattr(method, hook)).parameters)
         # pluggy names arguments that the spec has not, with the place of the definition; it lets

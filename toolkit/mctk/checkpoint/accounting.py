@@ -3,16 +3,19 @@
 Parameters are stored weight elements, tied tensors once; bytes are tensor payload, positions
 included; active parameters are those that one token passes through; multiply-adds are those of the
 weight matrices (attention scores, norms and activations are left out). What experts share counts
-once per token in both, as the run time computes it; where that depends on the routing, the
-expected number for experts that are chosen equally often.
+once per token in both, as the run time computes it; where that depends on the routing (two bases,
+merged experts), the expected number for experts that are chosen equally often and independently.
+Merged experts resemble each other, so a token tends to choose several of one group: it then passes
+through less than this. k groups are the most that it can.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from math import comb
 from typing import Any
 
@@ -20,9 +23,10 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import BankSite, bank_sites, is_experts, own_tensors
-from ..runtime import Role, is_expert_list, role
-from ..terms import Bias, Dense, DynamicDense, LowRank, Term
+from ..models import BankSite, bank_sites, find_router, is_experts, own_tensors
+from ..runtime import Role, TermModule, is_expert_list, merged_groups, role
+from ..terms import Bias, Dense, DynamicDense, ExpertSkip, LowRank, Term
+from .fewer import compacted
 from .source import FLOATING, Source
 from .weights import WeightMap
 
@@ -134,17 +138,38 @@ def active_parameters(term: Term, k: int) -> int:
     return int(total)
 
 
-def macs(term: Term, k: int, how: Role | None = None) -> int:
+def _policy(terms: Mapping[str, Sequence[Term]]) -> ExpertSkip | None:
+    """Which of a token's experts a layer skips, from all banks' terms; None: it computes all."""
+    found = (term for bank in terms.values() for term in bank)
+    return next((term for term in found if isinstance(term, ExpertSkip)), None)
+
+
+def expected(count: Callable[[int], int], k: int, policy: ExpertSkip | None) -> int:
+    """What a token meets on average that visits k members, or fewer where it skips some.
+
+    Args:
+        count: The same for a number of members.
+        k: Experts per token.
+        policy: Which are skipped; it knows how often.
+    """
+    if policy is None or not policy.ratios:
+        return count(k)
+    return int(sum(share * count(n) for n, share in enumerate(policy.shares, 1)))
+
+
+def macs(term: Term, k: int, how: Role | None = None, merged: Sequence[int] | None = None) -> int:
     """Multiply-adds of a term for a token that visits k members, in expectation.
 
     Args:
         term: The term.
         k: How many different members a token visits.
         how: What the run time shares of the term; None: it computes every member by itself.
+        merged: For each member the merged group that is computed as one (see
+            `runtime.merged_groups`); None: every member is.
     """
-    members = range(term.shape.members)
+    own = visited(range(term.shape.members) if merged is None else merged, k)
     if how is None or how.groups is None:
-        return k * sum(term.macs(member) for member in members) // len(members)
+        return int(sum(chance * term.macs(member) for member, chance in own.items()))
     chances = visited(how.groups, k)
     if how.whole:
         return int(sum(c * term.macs(how.groups.index(g)) for g, c in chances.items()))
@@ -153,11 +178,17 @@ def macs(term: Term, k: int, how: Role | None = None) -> int:
     once, each = term.inner_macs, term.outer_macs
     if not how.inner:
         once, each = each, once
-    served = Fraction(k * sum(term.has(member) for member in members), len(members))
+    served = sum(chance for member, chance in own.items() if term.has(member))
     return int(sum(chances.values()) * once + served * each)
 
 
-def bank_macs(layer: nn.Module, site: BankSite, terms: Iterable[Term], k: int) -> int:
+def bank_macs(
+    layer: nn.Module,
+    site: BankSite,
+    terms: Iterable[Term],
+    k: int,
+    merged: Sequence[int] | None = None,
+) -> int:
     """Multiply-adds of a bank's terms for one token, as the run time computes them.
 
     Args:
@@ -165,15 +196,41 @@ def bank_macs(layer: nn.Module, site: BankSite, terms: Iterable[Term], k: int) -
         site: The bank.
         terms: Its terms.
         k: Experts per token.
+        merged: The merged groups of the bank's module, if it has any.
     """
     if site.part == "linear":
         return sum(macs(term, 1) for term in terms)
     module = layer.get_submodule(site.module)
-    # Experts in a list are called one by one, and a norm on each expert's output keeps down apart.
-    apart = is_expert_list(module) or (
-        site.part == "down" and getattr(module, "has_post_expert_norm", False)
+    if is_expert_list(module):  # called one by one
+        return sum(macs(term, k) for term in terms)
+    # A norm on each expert's output keeps down apart.
+    apart = site.part == "down" and getattr(module, "has_post_expert_norm", False)
+    return sum(
+        macs(term, k, None if apart else role(term, site.part, merged), merged) for term in terms
     )
-    return sum(macs(term, k, None if apart else role(term, site.part)) for term in terms)
+
+
+def layer_macs(layer: nn.Module, terms: Mapping[str, Sequence[Term]], k: int) -> dict[str, int]:
+    """Multiply-adds of each bank of a layer for one token.
+
+    Args:
+        layer: The decoder layer.
+        terms: All banks' terms by name.
+        k: Experts per token.
+    """
+    sites = bank_sites(layer)
+    modules: dict[str, dict[str, Sequence[Term]]] = {}
+    for name, site in sites.items():
+        if site.part != "linear":
+            modules.setdefault(site.module, {})[site.part] = terms[name]
+    merged = {module: merged_groups(parts) for module, parts in modules.items()}
+    policy = _policy(terms)
+    return {
+        name: expected(
+            partial(bank_macs, layer, site, terms[name], merged=merged.get(site.module)), k, policy
+        )
+        for name, site in sites.items()
+    }
 
 
 def expert_macs(
@@ -182,11 +239,11 @@ def expert_macs(
     """Multiply-adds of the routed experts for one token; see `count`."""
     total = 0
     for index, layer in enumerate(layers):
-        for name, site in bank_sites(layer).items():
-            if site.part != "linear":
-                terms = changed.get(index, {}).get(name)
-                terms = terms_in(layer, site) if terms is None else terms
-                total += bank_macs(layer, site, terms, k)
+        sites = bank_sites(layer)
+        new, _ = compacted(sites, changed.get(index, {}))
+        terms = {name: new.get(name, terms_in(layer, site)) for name, site in sites.items()}
+        found = layer_macs(layer, terms, k)
+        total += sum(found[name] for name, site in sites.items() if site.part != "linear")
     return total
 
 
@@ -212,10 +269,16 @@ def count(
             original.
     """
     gone: set[str] = set()
+    packed: dict[str, int] = {}  # a compressed module's tensor → the weights that it holds
+    shrunk: dict[str, Fraction] = {}  # a router's tensor → how much of it is left
     parameters = bytes_ = active = expert_parameters = multiply_adds = 0
     for index, layer in enumerate(layers):
         sites = bank_sites(layer)
-        new = changed.get(index, {})
+        new, kept = compacted(sites, changed.get(index, {}))
+        rows = _kept_rows(layer, sites, kept)
+        shrunk |= {f"{layers_path}.{index}.{path}": share for path, share in rows.items()}
+        now = {name: new.get(name, terms_in(layer, site)) for name, site in sites.items()}
+        multiply_adds += sum(layer_macs(layer, now, k).values())
         for name, site in sites.items():
             routed = site.part != "linear"
             if name in new:
@@ -223,19 +286,28 @@ def count(
                 gone |= {f"{module}.{own}" for own in own_tensors(layer, site)}
                 parameters += sum(term.parameters() for term in new[name])
                 bytes_ += sum(term.nbytes() for term in new[name])
-            terms = new[name] if name in new else terms_in(layer, site)
-            multiply_adds += bank_macs(layer, site, terms, k)
+            terms = now[name]
             if routed:
                 expert_parameters += sum(term.parameters() for term in terms)
-                active += sum(active_parameters(term, k) for term in terms)
-        multiply_adds += _router_macs(layer, sites)
+                active += sum(
+                    expected(partial(active_parameters, term), k, _policy(now)) for term in terms
+                )
+        multiply_adds += _router_macs(layer, sites, rows)
+        packed |= {
+            f"{layers_path}.{index}.{path}.{name}": elements
+            for path, module in layer.named_modules()
+            if isinstance(module, TermModule)
+            for name, elements in module.elements().items()
+        }
     for name, info in source.tensors.items():
         targets = weights.targets.get(name, ())
         if name in weights.tied or (targets and gone.issuperset(targets)):
             continue
-        bytes_ += info.nbytes
-        if info.dtype in FLOATING:
-            parameters += info.numel
+        left = next((shrunk[target] for target in targets if target in shrunk), 1)
+        bytes_ += int(info.nbytes * left)
+        numel = info.numel if info.dtype in FLOATING else 0
+        numel = next((packed[target] for target in targets if target in packed), numel)
+        parameters += int(numel * left)
     active += parameters - expert_parameters
     return ModelSizes(parameters, active, bytes_, multiply_adds + head_macs, expert_parameters)
 
@@ -249,12 +321,24 @@ def terms_in(layer: nn.Module, site: BankSite) -> list[Term]:
     return original_terms(site, dtype)
 
 
-def _router_macs(layer: nn.Module, sites: Mapping[str, BankSite]) -> int:
+def _kept_rows(
+    layer: nn.Module, sites: Mapping[str, BankSite], kept: int | None
+) -> dict[str, Fraction]:
+    """What is left of each of a router's tensors, by its path, where some experts are removed."""
+    router = find_router(layer, sites) if kept is not None else None
+    if router is None or kept is None:
+        return {}
+    return {path: Fraction(kept, router.experts) for path in router.tensors}
+
+
+def _router_macs(
+    layer: nn.Module, sites: Mapping[str, BankSite], rows: Mapping[str, Fraction]
+) -> int:
     """Multiply-adds of the layer's matrices that are no bank: routers and their like."""
     banks = tuple(site.module + "." for site in sites.values())
     experts = tuple(path + "." for path, module in layer.named_modules() if is_experts(module))
     return sum(
-        parameter.numel()
+        int(parameter.numel() * rows.get(path, 1))
         for path, parameter in layer.named_parameters()
         if parameter.dim() == 2 and not path.startswith(banks + experts)
     )

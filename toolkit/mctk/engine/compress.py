@@ -1,8 +1,9 @@
 """The second half of a run: each layer is read once, rewritten for every run, and written at once.
 
-Layers do not depend on each other here (`propagate: original`): whatever a method needs is in the
-statistics. Along the way the first calibration sequence goes through the layers as they will be
-stored; what it gives at the end is what the gate holds the written files against.
+Layers do not depend on each other here, and whatever a method needs is in the statistics; but for
+sequential runs, whose statistics are taken here on what their own layers pass on (`sequential`).
+Along the way the first calibration sequence goes through the layers as they will be stored; what it
+gives at the end is what the gate holds the written files against.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import torch
 from torch import nn
 
 from ..files import write_tensors
-from ..models import installed, read_banks
-from ..plan import TRACE_TOKENS, Plan, Size
-from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics
+from ..models import BankSite, installed, read_banks
+from ..plan import TRACE_TOKENS, Plan, Size, check_kept
+from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics, RoutedOutputs
 from ..sweep import LayerCall, StreamedModel
 from ..terms import Bank
+from .fate import Fate, alive
 from .passes import run_passes
 from .prepare import Preparation
 from .progress import Reporter
-from .shards import cast_terms, describe, relative_weight_error, write_layer
-from .trace import LayerTrace
+from .sequential import CompressedPrefix, OriginalStream, Tokens, prefix_store
+from .shards import cast_terms, describe, only_fewer, relative_weight_error, write_layer
+from .trace import LayerOriginal, LayerTrace
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -39,16 +42,20 @@ class Run:
     Attributes:
         plan: Its plan.
         workspace: Its directory.
+        fate: Whether it has failed.
         sizes: Every step's size on every bank, once decided.
         preparation: Its statistics and prepared layers; None if there is no calibration text.
         hidden: The gate's sequence [1, T, H] after the layers that are done.
+        prefix: The calibration's, of a run whose statistics are those of its compressed layers.
     """
 
     plan: Plan
     workspace: Workspace
+    fate: Fate
     sizes: Size = field(default_factory=dict)
     preparation: Preparation | None = None
     hidden: torch.Tensor | None = None
+    prefix: CompressedPrefix | None = None
 
     @property
     def output(self) -> Path:
@@ -64,9 +71,15 @@ class Run:
         done = 0
         while done < count and self.workspace.record(done) is not None:
             done += 1
-        while done and not self.hidden_path(done).exists():
+        while done and not self._goes_on_from(done, count):
             done -= 1
         return done
+
+    def _goes_on_from(self, layer: int, count: int) -> bool:
+        """Whether what enters a layer is there, of the gate and of the calibration if needed."""
+        last = max(self.plan.recollected, default=-1)
+        kept = layer > last or prefix_store(self.workspace.state, count).has(layer)
+        return kept and self.hidden_path(layer).exists()
 
 
 @dataclass(frozen=True)
@@ -75,12 +88,14 @@ class Sample:
 
     Attributes:
         ids: Token ids [1, T] of the gate's sequence.
-        calls: Per traced sequence, per layer, what the layer is passed.
+        gate: Per layer, what the layer is passed for that sequence.
+        traced: Per layer, what it is passed for all traced sequences at once.
         entering: The gate's hidden states [1, T, H] that enter layer 0.
     """
 
     ids: torch.Tensor
-    calls: list[list[LayerCall]]
+    gate: list[LayerCall]
+    traced: list[LayerCall]
     entering: torch.Tensor
 
 
@@ -93,20 +108,58 @@ def prepare_sample(model: StreamedModel, ids: torch.Tensor) -> Sample:
     """
     model.load_outer()
     count = min(ids.shape[0], -(-TRACE_TOKENS // ids.shape[1]))
-    calls = []
-    entering = None
-    for sequence in ids[:count].split(1):
-        hidden, layer_calls = model.embed(sequence)
-        entering = hidden if entering is None else entering
-        calls.append(layer_calls)
-    assert entering is not None
-    return Sample(ids[:1], calls, entering)
+    entering, gate = model.embed(ids[:1])
+    _, traced = model.embed(ids[:count])
+    return Sample(ids[:1], gate, traced, entering)
+
+
+class LiveLayer:
+    """A filled layer that all runs work on, and what is the same for all of them.
+
+    Args:
+        model: The original, streamed.
+        index: The layer.
+        module: It, its weights loaded.
+        sites: Its bank sites.
+        sample: The sequences that measure.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        module: nn.Module,
+        sites: dict[str, BankSite],
+        sample: Sample,
+    ) -> None:
+        self.model, self.index, self.module, self.sites = model, index, module, sites
+        self.sample = sample
+        self.banks = read_banks(module, index)
+        self._original: LayerOriginal | None = None
+
+    def trace(self, statistics: LayerStatistics) -> LayerTrace | None:
+        """A run's trace, where it touches the layer and there are samples of what enters that."""
+        need = LayerSamples(TRACE_TOKENS)
+        if need not in statistics:
+            return None
+        if self._original is None:
+            self._original = LayerOriginal(
+                self.model,
+                self.index,
+                self.module,
+                self.sites,
+                self.banks,
+                statistics[need],
+                self.sample.traced[self.index],
+            )
+        return LayerTrace(self._original)
 
 
 def compress(
     model: StreamedModel,
     runs: list[Run],
     sample: Sample,
+    tokens: Tokens | None,
     reporter: Reporter,
     registry: Registry,
 ) -> None:
@@ -116,27 +169,72 @@ def compress(
         model: The original, streamed.
         runs: The runs, sizes decided.
         sample: The sequences that measure.
+        tokens: All calibration tokens, for sequential runs; None without calibration.
         reporter: Progress.
         registry: The plugins; `layer_done` is called for each layer of each run.
     """
     count = len(model.layers)
     starts = {id(run): run.finished_layers(count) for run in runs}
     for run in runs:
-        run.hidden = _gate_states(run, starts[id(run)], sample)
-    first = min(starts.values())
+        with run.fate.own():
+            _begin(run, model, starts[id(run)], sample, tokens)
+    stream = _stream(model, alive(runs), starts, tokens)
+    first = min(starts.values(), default=count)
     if first:
         reporter.say(f"going on from layer {first} of {count}")
     with reporter.phase("compress", count - first):
         for index in range(first, count):
             started = time.perf_counter()
             notes = []
+            working = [run for run in alive(runs) if starts[id(run)] <= index]
+            if not working:
+                continue
             with model.layer(index) as module:
-                for run in runs:
-                    if starts[id(run)] <= index:
-                        notes.append(_layer(run, model, index, module, sample))
+                sites = working[0].plan.sites[index]
+                layer = LiveLayer(model, index, module, sites, sample)
+                reference = stream.visit(index, module, sites) if stream is not None else None
+                for run in working:
+                    with run.fate.own():
+                        notes.append(_layer(run, layer, reference))
                         registry.hook.layer_done(run=run, layer=index)
+            if stream is not None:
+                stream.done(index)
+            for run in alive(working):
+                for said in run.workspace.manifest["layers"][str(index)]["notes"]:
+                    reporter.detail(f"layer {index}, {said['step']}: {said['text']}")
             elapsed = time.perf_counter() - started
             reporter.step(f"layer {index} in {elapsed:.1f} s{''.join(notes)}")
+
+
+def _begin(
+    run: Run, model: StreamedModel, start: int, sample: Sample, tokens: Tokens | None
+) -> None:
+    """Takes up a run's hidden states where it begins or goes on."""
+    run.hidden = _gate_states(run, start, sample)
+    if run.plan.recollected:
+        assert run.preparation is not None and tokens is not None  # needs imply a calibration
+        run.prefix = CompressedPrefix(model, run.preparation, tokens, run.workspace.state)
+        run.prefix.begin(start)
+
+
+def _stream(
+    model: StreamedModel, runs: list[Run], starts: dict[int, int], tokens: Tokens | None
+) -> OriginalStream | None:
+    """The original's hidden states, if statistics of any run compare with what they give."""
+    needs: dict[int, list[RoutedOutputs]] = {}
+    asking = []
+    for run in runs:
+        for layer, wanted in run.plan.recollected.items():
+            own = [need for need in wanted if isinstance(need, RoutedOutputs)]
+            if own and layer >= starts[id(run)]:
+                needs.setdefault(layer, []).extend(own)
+                asking.append(run)
+    if not needs:
+        return None
+    assert tokens is not None
+    stream = OriginalStream(model, tokens, asking[0].workspace.state, needs)
+    stream.begin(min(starts[id(run)] for run in asking))
+    return stream
 
 
 def _gate_states(run: Run, layer: int, sample: Sample) -> torch.Tensor:
@@ -147,73 +245,73 @@ def _gate_states(run: Run, layer: int, sample: Sample) -> torch.Tensor:
     return load_file(str(run.hidden_path(layer)))["hidden"]
 
 
-def _layer(
-    run: Run,
-    model: StreamedModel,
-    index: int,
-    module: nn.Module,
-    sample: Sample,
-) -> str:
+def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> str:
     """One run's passes on one filled layer; returns a note for the log."""
     started = time.perf_counter()
     plan, preparation = run.plan, run.preparation
-    banks = read_banks(module, index)
+    index, module, model, banks = layer.index, layer.module, layer.model, layer.banks
     needs = plan.needs.get(index, [])
-    statistics = (
-        preparation.statistics(index)
-        if preparation is not None
-        else LayerStatistics(index, {}, plan.sites[index])
-    )
-    prepared = preparation.banks(index, banks) if preparation is not None else None
-    trace = _trace(model, index, module, sample, statistics, plan, banks)
+    original = own = LayerStatistics(index, {}, layer.sites)
+    prepared = None
+    if preparation is not None:
+        original = own = preparation.statistics(index)
+        prepared = preparation.banks(index, banks)
+    if run.prefix is not None:
+        own = run.prefix.statistics(index, module, reference)
+    trace = layer.trace(original)
     after = trace.after if trace else _untraced
-    now, rewritten = run_passes(plan, run.sizes, index, banks, statistics, after, prepared=prepared)
+    notes = preparation.notes(index) if preparation is not None else []
+    now, rewritten = run_passes(
+        plan, run.sizes, index, banks, own.bind(module), after, prepared=prepared, notes=notes
+    )
+    check_kept(plan, now)
     stored = cast_terms(plan, index, now, rewritten)
+    keep_form = only_fewer(plan, run.sizes, index, now, banks)
     if trace and rewritten:
         trace.after("as stored", sorted(rewritten), {**now, **stored})
-    record = write_layer(plan, run.output, index, module, stored)
+    record = write_layer(plan, run.output, index, module, stored, keep_form)
     record["banks"] = {
         name: {
             "summary": describe(bank),
+            "original": bank.shape.parameters,
             "parameters": bank.parameters(),
             "bytes": bank.nbytes(),
             "relative_weight_error": (
-                None if trace and name in trace.moved else relative_weight_error(bank, banks[name])
+                None
+                if (name in trace.moved if trace else _merged(plan, index, name))
+                or (record["kept"] and "experts." in name)
+                else relative_weight_error(bank, banks[name])
             ),
         }
         for name, bank in stored.items()
         if name in rewritten
     }
     record["trace"] = trace.rows if trace else []
+    record["notes"] = notes
     if ExpertFrequency() in needs:
-        record["tokens_per_expert"] = statistics[ExpertFrequency()].tolist()
+        record["tokens_per_expert"] = original[ExpertFrequency()].tolist()
     assert run.hidden is not None
-    with installed(module, stored, model.dtype), torch.no_grad():
-        run.hidden = model.run_layer(index, run.hidden.to(model.device), sample.calls[0][index])
+    with installed(module, stored, model.dtype, keep_form), torch.no_grad():
+        entering = run.hidden.to(model.device)
+        run.hidden = model.run_layer(index, entering, layer.sample.gate[index])
+        if run.prefix is not None:
+            run.prefix.leave(index)
     write_tensors(run.hidden_path(index + 1), {"hidden": run.hidden})
     record["seconds"] = round(time.perf_counter() - started, 3)
     run.workspace.add_layer(index, record)
     run.hidden_path(index).unlink(missing_ok=True)
+    if run.prefix is not None:
+        run.prefix.done(index)
     last = record["trace"][-1] if record["trace"] else None
     return f", layer error {last['layer_error']:.2e}" if last else ""
 
 
-def _trace(
-    model: StreamedModel,
-    index: int,
-    module: nn.Module,
-    sample: Sample,
-    statistics: LayerStatistics,
-    plan: Plan,
-    banks: dict[str, Bank],
-) -> LayerTrace | None:
-    """A trace where the layer is touched and there are samples of what enters it."""
-    need = LayerSamples(TRACE_TOKENS)
-    if need not in statistics:
-        return None
-    samples = statistics[need]
-    calls = [calls[index] for calls in sample.calls]
-    return LayerTrace(model, index, module, plan.sites[index], banks, samples, calls)
+def _merged(plan: Plan, layer: int, name: str) -> bool:
+    """Whether a merge worked on a bank: without a trace nobody knows if it moved neurons."""
+    return any(
+        step.stage == "merge" and name in targets.get(layer, ())
+        for step, targets in zip(plan.recipe.steps, plan.targets, strict=True)
+    )
 
 
 def _untraced(step: str, names: list[str], banks: dict[str, Bank]) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..evaluate import compare, evaluate_model
-from ..evaluate.suite import versions
+from ..evaluate import LogitStore, compare, evaluate_model
+from ..evaluate.loading import text_stamps, versions
 from ..files import write_json, write_text
 from ..plan import TOLERANCE
 from ..report import render_card, render_report
@@ -23,6 +23,8 @@ from .memory import peak_device_bytes, peak_process_bytes
 from .progress import Reporter
 
 if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..recipe import Evaluate
     from ..registry import Registry
 
 # Whose parameters or bytes a budget is a share of.
@@ -49,34 +51,70 @@ def conclude(
     metrics = _metrics(run, evaluation, reporter, started, command)
     for columns in registry.hook.table_columns(run=run):
         metrics["columns"] |= columns
-    write_json(path, metrics)
-    write_text(run.output / "report.md", render_report(metrics))
-    write_text(run.output / "README.md", render_card(metrics))
+    write_reports(run.output, metrics)
     run.workspace.manifest["evaluated"] = asked
     run.workspace.save()
     return metrics
+
+
+def write_reports(directory: Path, metrics: dict[str, Any]) -> None:
+    """Writes metrics.json, the report and the model card."""
+    write_json(directory / "metrics.json", metrics)
+    write_text(directory / "report.md", render_report(metrics))
+    write_text(directory / "README.md", render_card(metrics))
 
 
 def _evaluate(run: Run, directory: Path, fingerprint: str, reporter: Reporter) -> dict[str, Any]:
     """The original's figures, measured before compression began, and the result's beside them."""
     recipe = run.plan.recipe
     assert recipe.evaluate is not None
+    known = original_path(run.plan, recipe.evaluate, directory, fingerprint)
     found: dict[str, Any] = {"original": evaluate_original(run, directory, fingerprint, reporter)}
     with reporter.phase("evaluate compressed", 1):
-        settings = _evaluation_settings(run)
+        settings = evaluation_settings(run.plan)
         found["compressed"] = evaluate_model(
-            run.output, recipe.evaluate, report=reporter.progress, **settings
+            run.output,
+            recipe.evaluate,
+            report=reporter.progress,
+            against=logits_of(known) if recipe.evaluate.divergence is not None else None,
+            **settings,
         )
     found["paired"] = compare(found["original"], found["compressed"], recipe.seed)
     return found
 
 
-def _evaluation_settings(run: Run) -> dict[str, Any]:
+def evaluation_settings(plan: Plan) -> dict[str, Any]:
+    """How the original and what came of it are evaluated alike."""
     return {
-        "device": str(run.plan.model.device),
-        "dtype": str(run.plan.model.dtype).removeprefix("torch."),
-        "trust_remote_code": run.plan.recipe.trust_remote_code,
+        "device": str(plan.model.device),
+        "dtype": str(plan.model.dtype).removeprefix("torch."),
+        "trust_remote_code": plan.recipe.trust_remote_code,
     }
+
+
+def original_path(plan: Plan, section: Evaluate, directory: Path, fingerprint: str) -> Path:
+    """Where the cache keeps the original's figures, by all that they depend on."""
+    asked = section.model_dump(mode="json")
+    settings = evaluation_settings(plan)
+    key = json.dumps(
+        [fingerprint, asked, settings, versions(), text_stamps(section.perplexity)], sort_keys=True
+    )
+    return directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def logits_of(known: Path) -> Path:
+    """Where the original's logits lie beside its figures."""
+    return known.with_suffix(".logits")
+
+
+def known_original(known: Path, section: Evaluate) -> dict[str, Any] | None:
+    """The original's figures, if they have been taken, and its logits, if they are asked for."""
+    if section.divergence is not None and not LogitStore(logits_of(known)).complete:
+        return None
+    if not known.exists():
+        return None
+    found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+    return found
 
 
 def evaluate_original(
@@ -85,30 +123,21 @@ def evaluate_original(
     """The original's figures, from the cache where they are known."""
     section = run.plan.recipe.evaluate
     assert section is not None
-    settings = _evaluation_settings(run)
-    key = json.dumps(
-        [fingerprint, section.model_dump(mode="json"), settings, versions(), _texts(section)],
-        sort_keys=True,
-    )
-    known = directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if known.exists():
-        found: dict[str, Any] = json.loads(known.read_text())
+    known = original_path(run.plan, section, directory, fingerprint)
+    found = known_original(known, section)
+    if found is not None:
         return found
-    with reporter.phase("evaluate original", 1):
-        found = evaluate_model(run.plan.source.path, section, report=reporter.progress, **settings)
     known.parent.mkdir(parents=True, exist_ok=True)
+    with reporter.phase("evaluate original", 1):
+        found = evaluate_model(
+            run.plan.source.path,
+            section,
+            report=reporter.progress,
+            keep=logits_of(known) if section.divergence is not None else None,
+            **evaluation_settings(run.plan),
+        )
     write_json(known, found)
     return found
-
-
-def _texts(section: Any) -> list[list[Any]]:
-    """Local evaluation texts by path, size and time, so that an edited file is measured again."""
-    stamps = []
-    for text in section.perplexity:
-        for file in text.files() if text.dataset is None else []:
-            stat = Path(file).stat()
-            stamps.append([str(file), stat.st_size, stat.st_mtime_ns])
-    return stamps
 
 
 def _metrics(
@@ -136,9 +165,13 @@ def _metrics(
         scope = f"{OWNER[recipe.budget.of]} {recipe.budget.unit}"
         budget = {
             "requested": f"{way} {100 * share:g}% of {scope}",
+            "of": recipe.budget.of,
+            "unit": recipe.budget.unit,
+            "original": plan.scope,
             "allowed": plan.allowed,
             "attained": attained,
             "shortfall_fraction": short,
+            "coarse": short > TOLERANCE,
         }
         if short > TOLERANCE:
             warnings.append(
@@ -167,9 +200,9 @@ def _metrics(
             "name": recipe.canonical()["model"],
             "model_type": model.config.model_type,
             "path": str(plan.source.path),
-            "license": _license(plan.source.path),
+            "license": license_of(plan.source.path),
         },
-        "output_kind": "mctk",
+        "output_kind": manifest.get("output_kind", "mctk"),
         "calibration": calibration,
         "sizes": {
             "original": plan.original.as_dict(),
@@ -189,7 +222,7 @@ def _metrics(
     }
 
 
-def _license(path: Path) -> str | None:
+def license_of(path: Path) -> str | None:
     """The licence that the model's own card states, carried over to the result's."""
     card = path / "README.md"
     if not card.is_file():

@@ -4,12 +4,15 @@ A method's curve is the squared error of its bank's output. Banks differ in what
 to the layer, so each curve is put into one unit, the relative squared error of the layer's output,
 by a measured exchange rate: the bank alone is compressed to a middling size, the layer's error is
 measured on the kept sample, and divided by what the curve says at that size.
+What the method itself gives is handed on beside it. Scores, which an allocator compares for one
+method only, stay as they are.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,15 @@ from ..models import read_banks
 from ..plan import TRACE_TOKENS, Plan
 from ..statistics import LayerSamples
 from ..sweep import StreamedModel
-from ..terms import DENSE, Bank, SizeCurve
+from ..terms import DENSE, SizeCurve
 from .compress import Sample
 from .passes import Banks, apply_step
 from .prepare import Preparation
 from .prepared import on_meta
 from .progress import Reporter
-from .trace import LayerTrace
+from .trace import LayerOriginal
+
+Errors = dict[str, list[float]]  # "error" and "raw" of a `SizeCurve`
 
 
 def measure_curves(
@@ -44,7 +49,7 @@ def measure_curves(
         reporter: Progress.
     """
     plan = preparation.plan
-    known: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Errors] = json.loads(path.read_text()) if path.exists() else {}
     by_layer: dict[int, list[SizeCurve]] = {}
     for curve in plan.curves:
         by_layer.setdefault(curve.item[1], []).append(curve)
@@ -59,7 +64,11 @@ def measure_curves(
             write_json(path, known)
             reporter.step(f"layer {layer}")
     return [
-        SizeCurve(curve.item, curve.settings, curve.cost, tuple(known[_key(curve)]))
+        replace(
+            curve,
+            error=tuple(known[_key(curve)]["error"]),
+            raw=tuple(known[_key(curve)]["raw"]),
+        )
         for curve in plan.curves
     ]
 
@@ -75,17 +84,20 @@ def _layer_curves(
     sample: Sample,
     layer: int,
     curves: list[SizeCurve],
-) -> dict[str, list[float]]:
-    """The errors of one layer's auto items."""
+) -> dict[str, Errors]:
+    """The errors of one layer's auto items, in the common unit and as their methods give them."""
     plan = preparation.plan
     sites = plan.sites[layer]
-    found: dict[str, list[float]] = {}
+    found: dict[str, Errors] = {}
     with model.layer(layer) as module:
         original = read_banks(module, layer)
-        statistics = preparation.statistics(layer)
-        samples = statistics[LayerSamples(TRACE_TOKENS)]
-        calls = [calls[layer] for calls in sample.calls]
-        trace = LayerTrace(model, layer, module, sites, original, samples, calls)
+        statistics = preparation.statistics(layer).bind(module)
+        whole: LayerOriginal | None = None
+        if plan.recipe.allocate is None or plan.recipe.allocate.method.units != "score":
+            samples = statistics[LayerSamples(TRACE_TOKENS)]
+            whole = LayerOriginal(
+                model, layer, module, sites, original, samples, sample.traced[layer]
+            )
         prepared = preparation.banks(layer, original)
         before = original if prepared is None else prepared[0]
         for curve in curves:
@@ -100,16 +112,19 @@ def _layer_curves(
             errors = dict(
                 zip(settings, step.method.curve(given, statistics, step.options), strict=True)
             )
-            own = [errors[setting] for setting in curve.settings]
+            own = _falling([errors[setting] for setting in curve.settings])
+            if whole is None:  # scores of one method: they are in one unit as they are
+                found[_key(curve)] = {"error": own, "raw": own}
+                continue
             middle = _middle(curve, own, plan)
             setting = curve.settings[middle]
             terms = apply_step(step, names, banks, original, statistics, setting)
             replaced = {**before, **banks}
             for name, new in terms.items():
-                replaced[name] = Bank(name, layer, sites[name].shape, new)
-            measured = trace.layer_error(trace.whole_modules(replaced, set(names)))
+                replaced[name] = replace(before[name], terms=new)
+            measured = whole.layer_error(whole.whole_modules(replaced, set(names)))
             rate = measured / own[middle] if own[middle] > 0 else 0.0
-            found[_key(curve)] = _falling([rate * error for error in own])
+            found[_key(curve)] = {"error": _falling([rate * e for e in own]), "raw": own}
     return found
 
 
@@ -126,7 +141,7 @@ def _after_step(
         if plan.passes_over(number, size):
             continue
         for name, terms in apply_step(step, names, now, original, statistics, size).items():
-            now[name] = Bank(name, layer, now[name].shape, terms)
+            now[name] = replace(now[name], terms=terms)
     return now
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, brief
+from ..notes import collect
 from ..terms import Bank, Bias, Term
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from ..recipe import Step
 
 Banks = dict[str, Bank]
+Note = dict[str, str]  # "step": who says it, "text": what
 
 
 def run_passes(
@@ -24,6 +27,7 @@ def run_passes(
     after: Callable[[str, list[str], Banks], None],
     stop: int | None = None,
     prepared: tuple[Banks, set[str]] | None = None,
+    notes: list[Note] | None = None,
 ) -> tuple[Banks, set[str]]:
     """Runs the steps on one layer.
 
@@ -37,6 +41,7 @@ def run_passes(
             banks as they are then.
         stop: How many steps to run; all by default.
         prepared: What the plan's prepared steps have made of the layer: they are not run again.
+        notes: Is added to: what the methods say about their work, with the step's name.
 
     Returns:
         All banks, and the names of those whose terms were rewritten.
@@ -54,10 +59,15 @@ def run_passes(
             size = sizes[number, layer, names[0]]
             if plan.passes_over(number, size):
                 continue
-            for name, terms in apply_step(step, names, now, banks, statistics, size).items():
-                now[name] = Bank(name, layer, now[name].shape, terms)
+            with collect() as said:
+                found = apply_step(step, names, now, banks, statistics, size)
+            for name, terms in found.items():
+                now[name] = replace(now[name], terms=terms)
                 rewritten.add(name)
-            after(f"{step.stage}/{step.method.name}", names, now)
+            method = f"{step.stage}/{step.method.name}"
+            if notes is not None:
+                notes += [{"step": method, "text": text} for text in said]
+            after(method, names, now)
     return now, rewritten
 
 

@@ -1,14 +1,12 @@
-"""Runs the prepared steps, and measures what depends on them.
+"""Runs the prepared steps.
 
 Squared gradients of a layer live for that layer only: the backward sweep goes from the last layer
 to the first, and as soon as a layer's are complete the steps that need them run, for every run of
-the set; what they make is kept (`prepared`). A second forward sweep then measures the moments of
-what those steps left, the original's hidden states entering every layer as before.
+the set; what they make is kept (`prepared`). What is left can then be measured (`current`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 from functools import partial
@@ -16,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import UserError
-from ..models import installed, neighbours, read_banks
+from ..models import read_banks
 from ..statistics import (
     GradientCollector,
-    LayerCollector,
     LayerStatistics,
     Need,
     StatisticsCache,
 )
-from ..sweep import BackwardSweep, BackwardVisit, BoundaryStore, ForwardSweep, LayerVisit
-from .passes import Banks, run_passes
+from ..sweep import BackwardSweep, BackwardVisit, BoundaryStore
+from .fate import Fate, alive
+from .passes import Banks, Note, run_passes
 from .prepared import PreparedStore
 from .progress import Reporter
 
@@ -46,16 +45,18 @@ class Preparation:
         plan: The run's plan.
         cache: Statistics of the original.
         store: The prepared layers; None if no step is prepared.
+        fate: The run's.
     """
 
     plan: Plan
     cache: StatisticsCache
     store: PreparedStore | None
+    fate: Fate
 
     @classmethod
-    def of(cls, plan: Plan, cache: StatisticsCache) -> Preparation:
+    def of(cls, plan: Plan, cache: StatisticsCache, fate: Fate) -> Preparation:
         """The preparation of a run."""
-        return cls(plan, cache, PreparedStore(plan, cache) if plan.prepared else None)
+        return cls(plan, cache, PreparedStore(plan, cache) if plan.prepared else None, fate)
 
     def cache_of(self, need: Need, layer: int) -> StatisticsCache:
         """The cache that holds a statistic of a layer."""
@@ -97,19 +98,26 @@ class Preparation:
         store = self.store
         return [] if store is None else [la for la in store.layers() if not store.has(la)]
 
-    def make(self, layer: int, banks: Banks, values: dict[Need, Any]) -> None:
-        """Runs the prepared steps on a layer and keeps what they make."""
+    def make(self, layer: int, module: nn.Module, banks: Banks, values: dict[Need, Any]) -> None:
+        """Runs the prepared steps on a filled layer and keeps what they make."""
         assert self.store is not None
+        notes: list[Note] = []
         now, rewritten = run_passes(
             self.plan,
             self.plan.sizes(),
             layer,
             banks,
-            self.statistics(layer, values),
+            self.statistics(layer, values).bind(module),
             lambda step, names, banks: None,
             stop=self.plan.prepared,
+            notes=notes,
         )
-        self.store.put(layer, banks, now, rewritten)
+        self.store.put(layer, banks, now, rewritten, notes)
+
+    def notes(self, layer: int) -> list[Note]:
+        """What the prepared steps said about their work on a layer."""
+        store = self.store
+        return store.notes(layer) if store is not None and layer in store.layers() else []
 
     def meta(self) -> dict[int, dict[str, Any]]:
         """Layer → bank → terms without data, of everything that was prepared."""
@@ -262,10 +270,11 @@ def _visit_backward(
     for need, value in values.items():
         if not need.transient:
             preparations[0].cache.put(need, index, value)
-    for preparation in preparations:
+    for preparation in alive(preparations):
         # Another run of the set may have made the same one a moment ago.
         if preparation.store is not None and not preparation.store.has(index):
-            preparation.make(index, banks, values)
+            with preparation.fate.own():
+                preparation.make(index, layer.module, banks, values)
 
 
 def without_gradients(
@@ -280,90 +289,10 @@ def without_gradients(
         for index in layers:
             with model.layer(index) as module:
                 banks = read_banks(module, index)
-                for preparation in preparations:
+                for preparation in alive(preparations):
                     store = preparation.store
                     # Another run of the set may have made the same one a moment ago.
                     if store and index in missing[id(preparation)] and not store.has(index):
-                        preparation.make(index, banks, {})
+                        with preparation.fate.own():
+                            preparation.make(index, module, banks, {})
             reporter.step(f"layer {index}")
-
-
-def measure_current(
-    model: StreamedModel,
-    preparations: list[Preparation],
-    ids: torch.Tensor,
-    batch: int,
-    reporter: Reporter,
-) -> int:
-    """Measures statistics of what the prepared steps left, in one forward sweep.
-
-    What enters every layer is the original's; the layer then runs as the prepared steps left it.
-
-    Returns:
-        The number of sweeps: 0 if everything was in the cache.
-    """
-    asked: dict[int, dict[Path, tuple[Preparation, list[Need]]]] = {}
-    for preparation in preparations:
-        for layer, needs in preparation.plan.needs.items():
-            wanted = [
-                need
-                for need in needs
-                if need.current and not preparation.cache_of(need, layer).has(need, layer)
-            ]
-            if wanted:
-                assert preparation.store is not None
-                # Runs with the same prepared layer ask once.
-                path = preparation.store.path(layer)
-                known = asked.setdefault(layer, {}).get(path, (preparation, []))[1]
-                more = known + [need for need in wanted if need not in known]
-                asked[layer][path] = (preparation, more)
-    if not asked:
-        return 0
-    sweep = ForwardSweep(model, ids, batch)
-
-    def visit(layer: LayerVisit) -> list[torch.Tensor]:
-        outputs: list[torch.Tensor] = []
-        for preparation, needs in asked.get(layer.index, {}).values():
-            found = _measure_layer(model, layer, preparation, needs)
-            outputs = outputs or found
-        for b in range(len(layer.inputs) if not outputs else 0):
-            outputs.append(layer.run(b).cpu())
-            layer.inputs[b] = outputs[-1][:0]  # used: free it
-        reporter.step(f"layer {layer.index}")
-        return outputs
-
-    with reporter.phase("moments", len(model.layers)):
-        sweep.run(visit)
-    return 1
-
-
-def _measure_layer(
-    model: StreamedModel, layer: LayerVisit, preparation: Preparation, needs: list[Need]
-) -> list[torch.Tensor]:
-    """One prepared layer's statistics, into the cache.
-
-    Where every neuron is in its place, what enters the matrices is what enters the original's: then
-    the original layer runs, and its outputs are returned. Otherwise the prepared one runs, and
-    nothing is.
-    """
-    index, store = layer.index, preparation.store
-    prepared = preparation.banks(index, read_banks(layer.module, index))
-    assert store is not None and prepared is not None
-    banks, rewritten = prepared
-    sites = preparation.plan.sites[index]
-    in_place = store.in_place(index)
-    outputs = []
-    with contextlib.ExitStack() as stack:
-        if not in_place:
-            whole = {name: banks[name] for name in neighbours(sites, rewritten)}
-            stack.enter_context(installed(layer.module, whole, model.dtype))
-        collector = LayerCollector(layer.module, index, sites, banks, needs, model.device)
-        stack.enter_context(collector.listening())
-        for b in range(len(layer.inputs)):
-            output = layer.run(b)
-            if in_place:
-                outputs.append(output.cpu())
-        result = collector.result()
-    for need in needs:
-        preparation.cache_of(need, index).put(need, index, result[need])
-    return outputs

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,14 @@ class PreparedStore:
         path.unlink(missing_ok=True)
         return False
 
-    def put(self, layer: int, original: Banks, now: Banks, rewritten: set[str]) -> None:
+    def put(
+        self,
+        layer: int,
+        original: Banks,
+        now: Banks,
+        rewritten: set[str],
+        notes: list[dict[str, str]],
+    ) -> None:
         """Stores a layer.
 
         Args:
@@ -100,6 +108,7 @@ class PreparedStore:
             original: Its original banks.
             now: All its banks after the prepared steps.
             rewritten: Which of them those steps rewrote.
+            notes: What the steps said about their work.
         """
         tensors: dict[str, torch.Tensor] = {}
         described: dict[str, list[dict[str, Any]]] = {}
@@ -109,11 +118,15 @@ class PreparedStore:
             for i, term in enumerate(now[name].terms):
                 entries.append({"spec": term.spec(), "residual": term is residual})
                 if term is not residual:
-                    tensors |= {f"{name}.{i}.{key}": t for key, t in term.tensors().items()}
+                    tensors |= {f"{name}.{i}.{key}": t for key, t in term.stored().items()}
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         path = self.path(layer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"banks": json.dumps(described), CHECKSUM: checksum(kept)}
+        metadata = {
+            "banks": json.dumps(described),
+            "notes": json.dumps(notes),
+            CHECKSUM: checksum(kept),
+        }
         write_tensors(path, kept, metadata)
 
     def get(self, layer: int, original: Banks) -> tuple[Banks, set[str]]:
@@ -137,8 +150,14 @@ class PreparedStore:
                 terms.append(None if entry["residual"] else Term.from_spec(entry["spec"], own))
             others = [term for term in terms if term is not None]
             whole = [make_residual(bank, others) if term is None else term for term in terms]
-            now[name] = Bank(name, layer, bank.shape, whole)
+            now[name] = replace(bank, terms=whole)
         return now, set(described)
+
+    def notes(self, layer: int) -> list[dict[str, str]]:
+        """What the steps said about their work on a layer."""
+        with safe_open(str(self.path(layer)), framework="pt") as file:
+            found: list[dict[str, str]] = json.loads(file.metadata().get("notes", "[]"))
+        return found
 
     def in_place(self, layer: int) -> bool:
         """Whether each expert's neurons are where they were: every bank holds a residual."""
@@ -174,7 +193,7 @@ def find_residual(bank: Bank, original: Bank) -> Term | None:
     for term in bank.terms:
         if not isinstance(term, Dense) or term.slots != slots or term.dtype != torch.float32:
             continue
-        if term.rows is not None or term.cols is not None:
+        if term.rows is not None or term.cols is not None or term.unpacked() is not term:
             continue
         others = [other for other in bank.terms if other is not term]
         parts = zip(slots, _residuals(original, others), strict=True)
@@ -211,10 +230,7 @@ def on_meta(banks: Mapping[str, Bank]) -> Banks:
             name,
             bank.layer,
             bank.shape,
-            [
-                term.with_tensors({key: t.to("meta") for key, t in term.tensors().items()})
-                for term in bank.terms
-            ],
+            [term.to(device="meta") for term in bank.terms],
         )
         for name, bank in banks.items()
     }

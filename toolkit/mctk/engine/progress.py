@@ -56,6 +56,10 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
         self._log(text)
 
+    def detail(self, text: str) -> None:
+        """One line in the log alone."""
+        self._log(text)
+
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         for log in self._logs:

@@ -11,27 +11,26 @@ import torch
 
 from ..data import TokenWindows, calibration_windows
 from ..errors import UserError
-from ..evaluate.suite import load_tokenizer, resolve_device
-from ..files import write_json, write_text
+from ..evaluate.loading import load_tokenizer, resolve_device
+from ..files import write_json
 from ..models import has_expert_list
-from ..plan import Plan, count_model, make_plan
-from ..runtime import meta_tensors
+from ..plan import Plan, make_plan
 from ..statistics import Need, StatisticsCache, cache_directory
-from ..terms import Term
 from .calibrate import cache_context, calibrate
 from .compress import Run, Sample, compress, prepare_sample, size_from_record, size_record
 from .conclude import conclude, evaluate_original
+from .current import measure_current
 from .curves import measure_curves
-from .gate import GateError, check_fresh_process, check_sizes, check_streamed
+from .fate import Fate, alive, together
+from .finish import finish_files
 from .prepare import (
     Preparation,
     backward,
-    measure_current,
     open_boundaries,
     without_gradients,
 )
 from .progress import Reporter
-from .shards import copy_companions, write_config, write_index, write_outer
+from .sequential import Tokens
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -48,7 +47,9 @@ def run(
     cache: str | Path | None = None,
     reporter: Reporter | None = None,
     command: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
+    keep_going: bool = False,
+    fresh_process: bool = True,
+) -> list[Any]:
     """Runs recipes that share model, calibration and compute dtype.
 
     Args:
@@ -57,9 +58,13 @@ def run(
         cache: Directory of the statistics cache; see `cache_directory`.
         reporter: Progress; silent by default.
         command: The command line, for reports.
+        keep_going: A run that fails, in its plan or later, does not stop the others.
+        fresh_process: Whether the gate loads each result in a process of its own; if not, what that
+            would be held against is kept for `check_probe`.
 
     Returns:
-        Each run's metrics, as its metrics.json holds them.
+        Each run's metrics (a dictionary), as its metrics.json holds them; if the set keeps going,
+        in the place of a run that failed the exception.
 
     Raises:
         UserError: Whatever is wrong with recipes, model, text or output directories; nothing has
@@ -70,36 +75,69 @@ def run(
     directory = cache_directory(cache)
     device = resolve_device(recipes[0].device)
     _check_set(recipes)
-    plan = make_plan(recipes[0], registry, device)
-    plans = [plan, *(make_plan(recipe, registry, device, plan.model) for recipe in recipes[1:])]
-    windows = read_calibration(plan)
-    fingerprint = plan.source.fingerprint(directory)
-    identities = [_identity(p, fingerprint, windows) for p in plans]
+    fates = [Fate(str(recipe.output), reporter.say, keep_going) for recipe in recipes]
     runs: list[Run] = []
+    found: list[Any] = []
     try:
-        for p, identity in zip(plans, identities, strict=True):
-            workspace = Workspace(p.recipe.output)
-            workspace.open(identity)
-            runs.append(Run(p, workspace))
-            workspace.manifest["sources"] = sorted(set(windows.sources)) if windows else []
-            reporter.add_log(workspace.output / "run.log")
-            if workspace.reopen_if_damaged(len(p.model.layers)):
-                reporter.say(f"{workspace.output}: a finished file is gone or damaged; made again")
-        registry.hook.run_started(run=runs[0] if len(runs) == 1 else runs)
-        todo = [r for r in runs if not r.workspace.manifest["finished"]]
+        plans = _plan_all(recipes, fates, registry, device)
+        if plans:
+            windows = read_calibration(plans[0][0])
+            fingerprint = plans[0][0].source.fingerprint(directory)
+            for plan, fate in plans:
+                with fate.own():
+                    _open(plan, fate, fingerprint, windows, runs, reporter)
+        if runs:
+            registry.hook.run_started(run=runs[0] if len(recipes) == 1 else runs)
+        todo = [r for r in alive(runs) if not r.workspace.manifest["finished"]]
         for r in todo:
             # First, so that a text or task that cannot be measured costs no hours of compression.
             if r.plan.recipe.evaluate is not None:
-                evaluate_original(r, directory, fingerprint, reporter)
-        if todo:
-            _compress_all(todo, windows, fingerprint, directory, registry, reporter)
-        return [
-            conclude(r, directory, fingerprint, reporter, started, command, registry) for r in runs
-        ]
+                with r.fate.own():
+                    evaluate_original(r, directory, fingerprint, reporter)
+        if todo := alive(todo):
+            _compress_all(todo, windows, fingerprint, directory, registry, reporter, fresh_process)
+        metrics: dict[int, dict[str, Any]] = {}
+        for r in alive(runs):
+            with r.fate.own():
+                metrics[id(r.fate)] = conclude(
+                    r, directory, fingerprint, reporter, started, command, registry
+                )
+        found = [fate.error or metrics[id(fate)] for fate in fates]
     finally:
         for r in runs:
             r.workspace.close()
         reporter.close()
+    return found
+
+
+def _plan_all(
+    recipes: Sequence[Recipe], fates: Sequence[Fate], registry: Registry, device: str
+) -> list[tuple[Plan, Fate]]:
+    """Plans the runs, all on one model; those that cannot be planned are left out."""
+    plans: list[tuple[Plan, Fate]] = []
+    for recipe, fate in zip(recipes, fates, strict=True):
+        with fate.own():
+            model = plans[0][0].model if plans else None
+            plans.append((make_plan(recipe, registry, device, model), fate))
+    return plans
+
+
+def _open(
+    plan: Plan,
+    fate: Fate,
+    fingerprint: str,
+    windows: TokenWindows | None,
+    runs: list[Run],
+    reporter: Reporter,
+) -> None:
+    """Opens a run's directory and adds the run to `runs`."""
+    workspace = Workspace(plan.recipe.output)
+    workspace.open(_identity(plan, fingerprint, windows))
+    runs.append(Run(plan, workspace, fate))
+    workspace.manifest["sources"] = sorted(set(windows.sources)) if windows else []
+    reporter.add_log(workspace.output / "run.log")
+    if workspace.reopen_if_damaged(len(plan.model.layers)):
+        reporter.say(f"{workspace.output}: a finished file is gone or damaged; made again")
 
 
 def read_calibration(plan: Plan) -> TokenWindows | None:
@@ -123,11 +161,19 @@ def _check_set(recipes: Sequence[Recipe]) -> None:
     outputs = {recipe.output.resolve() for recipe in recipes}
     if len(outputs) < len(recipes):
         raise UserError("output: two runs of one set have the same output directory")
-    shared = ("model", "revision", "trust_remote_code", "dtype", "seed", "calibration")
     for recipe in recipes:
-        for key in shared:
+        for key in ("model", "revision", "trust_remote_code", "dtype", "seed"):
             if getattr(recipe, key) != getattr(first, key):
                 raise recipe.error((key,), "differs between the runs of one set")
+        if _text(recipe) != _text(first):
+            raise recipe.error(("calibration",), "differs between the runs of one set")
+
+
+def _text(recipe: Recipe) -> dict[str, Any] | None:
+    """What a calibration is drawn from, and how: all of it but what later layers see."""
+    if recipe.calibration is None:
+        return None
+    return recipe.calibration.model_dump(exclude={"propagate"})
 
 
 def _identity(plan: Plan, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
@@ -154,6 +200,7 @@ def _compress_all(
     directory: Path,
     registry: Registry,
     reporter: Reporter,
+    fresh_process: bool,
 ) -> None:
     """Everything up to the written and checked files."""
     plan = runs[0].plan
@@ -161,17 +208,25 @@ def _compress_all(
     collected = {"cache_hits": 0, "cache_misses": 0, "sweeps": 0, "backward_sweeps": 0}
     if windows is not None:
         collected |= _collect(runs, windows, fingerprint, directory, reporter)
+    if not (runs := alive(runs)):
+        return
     ids = windows.ids if windows is not None else _probe_ids(plan)
     sample = prepare_sample(model, ids)
     for r in runs:
-        _decide_sizes(r, sample, reporter)
-        manifest = r.workspace.manifest
-        if "statistics" not in manifest or not manifest["layers"]:
-            manifest["statistics"] = collected
-        r.workspace.save()
-    compress(model, runs, sample, reporter, registry)
-    for r in runs:
-        _finish_files(r, sample, reporter)
+        with r.fate.own():
+            _decide_sizes(r, sample, reporter)
+            manifest = r.workspace.manifest
+            if "statistics" not in manifest or not manifest["layers"]:
+                manifest["statistics"] = dict(collected)
+                if r.plan.recollected:  # the passes take its tokens along, layer by layer
+                    manifest["statistics"]["compressed_sweeps"] = 1
+            r.workspace.save()
+    calibration = plan.recipe.calibration
+    tokens = Tokens(windows.ids, calibration.batch) if windows and calibration else None
+    compress(model, alive(runs), sample, tokens, reporter, registry)
+    for r in alive(runs):
+        with r.fate.own():
+            finish_files(r, sample, reporter, fresh_process)
 
 
 def _collect(
@@ -185,29 +240,38 @@ def _collect(
     plan, state = runs[0].plan, runs[0].workspace.state
     model, calibration = plan.model, plan.recipe.calibration
     assert calibration is not None
-    batch = calibration.batch
+    ids, batch = windows.ids, calibration.batch
     if has_expert_list(model.model) and any(
         need.gradient for r in runs for needs in r.plan.needs.values() for need in needs
     ):
         batch = 1  # rows of experts in a list do not say which sequence they are of
     cache = StatisticsCache(directory, cache_context(model, fingerprint, windows.digest, batch))
-    preparations = [Preparation.of(r.plan, cache) for r in runs]
-    for r, preparation in zip(runs, preparations, strict=True):
-        r.preparation = preparation
-    boundaries = open_boundaries(preparations, windows.ids, state)
-    needs = _union([r.plan for r in runs])
-    sweeps = calibrate(
-        model, windows.ids, batch, needs, plan.sites, cache, state, reporter, boundaries
-    )
-    backwards = 0
+    preparations = []
+    for r in runs:
+        r.preparation = Preparation.of(r.plan, cache, r.fate)
+        preparations.append(r.preparation)
+    boundaries = open_boundaries(preparations, ids, state)
+
+    def forward(some: list[Preparation]) -> int:
+        needs = _union([preparation.plan for preparation in some])
+        return calibrate(model, ids, batch, needs, plan.sites, cache, state, reporter, boundaries)
+
+    def back(some: list[Preparation]) -> int:
+        assert boundaries is not None
+        return backward(model, some, ids, batch, boundaries, state, reporter)
+
+    sweeps, backwards = together(preparations, forward), 0
     if boundaries is not None:
-        backwards = backward(model, preparations, windows.ids, batch, boundaries, state, reporter)
+        backwards = together(preparations, back)
         boundaries.clear()
     (state / "hidden.of").unlink(missing_ok=True)
-    without_gradients(model, preparations, reporter)
-    sweeps += measure_current(model, preparations, windows.ids, batch, reporter)
-    for r, preparation in zip(runs, preparations, strict=True):
-        r.plan.settle(preparation.meta())
+    without_gradients(model, alive(preparations), reporter)
+    sweeps += together(
+        preparations, lambda some: measure_current(model, some, ids, batch, reporter)
+    )
+    for preparation in alive(preparations):
+        with preparation.fate.own():
+            preparation.plan.settle(preparation.meta())
     return {
         "cache_hits": cache.hits,
         "cache_misses": cache.misses,
@@ -252,81 +316,3 @@ def restated(run: Run) -> dict[str, Any]:
         "allowed": run.plan.allowed,
         "sizes": size_record(run.sizes),
     }
-
-
-def _finish_files(run: Run, sample: Sample, reporter: Reporter) -> None:
-    """Outer shard, index, config, companions; then the gate."""
-    plan, workspace, model = run.plan, run.workspace, run.plan.model
-    layers = workspace.manifest["layers"]
-    if workspace.outer() is None:
-        workspace.add_outer(write_outer(plan, run.output))
-    records = [layers[str(index)] for index in range(len(model.layers))]
-    files = [workspace.manifest["outer"]["file"], *(record["file"] for record in records)]
-    parameters, nbytes = write_index(run.output, files)
-    modules = {path: spec for record in records for path, spec in record["modules"].items()}
-    steps = [f"{s.stage}/{s.method.name} v{s.method.version}" for s in plan.recipe.steps]
-    write_config(plan, run.output, modules, _providers(modules), steps)
-    copy_companions(plan.source, run.output)
-    write_text(run.output / "recipe.yaml", plan.recipe.yaml())
-    changed = sum(record["new"] for record in records)
-    total = changed + sum(record["copied"] for record in records)
-    total += workspace.manifest["outer"]["copied"]
-    if changed == 0:
-        raise GateError(f"{run.output}: 0 tensors differ from the original's")
-    gate: dict[str, Any] = {"tensors_changed": changed, "tensors_total": total}
-    check_sizes(plan.predict(run.sizes), parameters, nbytes)
-    gate["sizes_equal"] = True
-    if plan.recipe.gate:
-        with reporter.phase("gate", 2):
-            assert run.hidden is not None
-            expected = model.head(sample.ids, run.hidden.to(model.device)).cpu()
-            gate |= check_streamed(run.output, model, sample.ids, expected)
-            reporter.step("the files give the computed logits, bit by bit")
-            fresh = check_fresh_process(run.output, workspace.state, model, sample.ids, expected)
-            gate["fresh_process_equal"] = fresh
-            reporter.step(
-                "from_pretrained in a fresh process gives the same bits"
-                if fresh
-                else "from_pretrained was left out: the model does not fit into memory"
-            )
-    workspace.manifest["gate"] = gate
-    workspace.manifest["attained"] = _attained(run, parameters, nbytes)
-    workspace.manifest["finished"] = True
-    workspace.manifest["seconds"] = {k: round(v, 3) for k, v in reporter.seconds.items()}
-    workspace.save()
-    for path in workspace.state.glob("gate-*.safetensors"):
-        path.unlink()
-
-
-def _providers(modules: dict[str, Any]) -> list[str]:
-    """Plugins whose kinds of term the checkpoint holds."""
-    found: set[str] = set()
-    for entry in modules.values():
-        terms = entry["terms"]
-        lists = terms.values() if isinstance(terms, dict) else [terms]
-        found |= {spec["provider"] for specs in lists for spec in specs if "provider" in spec}
-    return sorted(found)
-
-
-def _attained(run: Run, parameters: int, nbytes: int) -> dict[str, int]:
-    """The result's sizes: stored ones from the files, active ones from the terms in them."""
-    changed = terms_of(run)
-    sizes = count_model(run.plan.model, changed).as_dict()
-    return {**sizes, "parameters": parameters, "bytes": nbytes}
-
-
-def terms_of(run: Run) -> dict[int, dict[str, list[Term]]]:
-    """The written terms, on meta, from the manifest's module specs."""
-    changed: dict[int, dict[str, list[Term]]] = {}
-    for index, sites in enumerate(run.plan.sites):
-        modules = run.workspace.manifest["layers"][str(index)]["modules"]
-        prefix = f"{run.plan.model.layers_path}.{index}."
-        for name, site in sites.items():
-            entry = modules.get(prefix + site.module)
-            if entry is None:
-                continue
-            specs = entry["terms"] if site.part == "linear" else entry["terms"][site.part]
-            changed.setdefault(index, {})[name] = [
-                Term.from_spec(spec, meta_tensors(spec)) for spec in specs
-            ]
-    return changed

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Source, read_header
+from ..checkpoint import Share, Source, read_header
 from ..checkpoint.source import FLOATING, INDEX
 from ..errors import UserError
 from ..files import write_json, write_tensors
-from ..models import module_specs, module_tensors, neighbours, own_tensors
-from ..runtime import checkpoint_config
-from ..terms import Bank, Term
+from ..models import find_router, keeps_form, module_specs, module_tensors, neighbours, own_tensors
+from ..plan import config_without, layer_shares, only_prunes
+from ..runtime import checkpoint_config, resized_entry, tensor_elements
+from ..terms import Bank, Term, compact, packed_bits, removed_members
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan import Plan
+    from ..plan import Plan, Size
 
 # What a model directory holds beside weights that a user of the model needs.
 CARRIED = (
@@ -60,10 +62,49 @@ def cast_terms(
     return stored
 
 
+def only_fewer(
+    plan: Plan, sizes: Size, layer: int, banks: Mapping[str, Bank], original: Mapping[str, Bank]
+) -> bool:
+    """Whether a layer's experts are the original's, only fewer: their tensors can be copied.
+
+    Args:
+        plan: The run's plan.
+        sizes: All sizes.
+        layer: The layer.
+        banks: All its banks, after all steps.
+        original: The same before.
+    """
+    if not (keeps_form(banks.values()) and only_prunes(plan, sizes, layer)):
+        return False
+    gone = removed_members(banks.values())
+    return all(
+        _equal(bank.materialise(member), original[name].materialise(member))
+        for name, bank in banks.items()
+        if plan.sites[layer][name].part != "linear"
+        for member in range(bank.shape.members)
+        if member not in gone
+    )
+
+
+def _equal(new: Iterable[torch.Tensor | None], old: Iterable[torch.Tensor | None]) -> bool:
+    """Whether two members are the same (weight, bias)."""
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(new, old, strict=True)
+    )
+
+
 def write_layer(
-    plan: Plan, output: Path, layer: int, module: nn.Module, stored: dict[str, Bank]
+    plan: Plan,
+    output: Path,
+    layer: int,
+    module: nn.Module,
+    stored: dict[str, Bank],
+    keep_form: bool = False,
 ) -> dict[str, Any]:
     """Writes one layer's shard.
+
+    Of removed experts nothing is written, and the router without their rows.
 
     Args:
         plan: The run's plan.
@@ -71,16 +112,30 @@ def write_layer(
         layer: The layer's number.
         module: The layer, original modules.
         stored: All banks of the changed modules, as they are to be stored.
+        keep_form: Whether experts are only fewer than before: those that stay are copied as the
+            source has them, and no terms stand for them.
 
     Returns:
-        The layer's record: file, module specs, how many tensors are new and how many copied.
+        The layer's record: file, module specs, the experts that stay if some were removed, how many
+        tensors are new or smaller and how many copied.
     """
-    prefix = f"{plan.model.layers_path}.{layer}."
+    prefix, sites = f"{plan.model.layers_path}.{layer}.", plan.sites[layer]
+    removed = removed_members(stored.values())
+    kept: list[int] | None = None
+    shrinking: dict[str, Share] = {}
+    if removed:
+        router = find_router(module, sites)
+        assert router is not None
+        kept = [expert for expert in range(router.experts) if expert not in removed]
+        shrinking = layer_shares(plan, layer, router)
+        experts = [name for name in stored if sites[name].part != "linear"]
+        new = {} if keep_form else {name: compact(stored[name], kept) for name in experts}
+        stored = {name: bank for name, bank in stored.items() if name not in experts} | new
     specs = {prefix + path: spec for path, spec in module_specs(module, stored).items()}
     tensors = {prefix + name: t for name, t in module_tensors(module, stored).items()}
     gone = {
         f"{prefix}{site.module}.{own}"
-        for name, site in plan.sites[layer].items()
+        for name, site in sites.items()
         if name in stored
         for own in own_tensors(module, site)
     }
@@ -89,11 +144,37 @@ def write_layer(
         name for name in plan.model.layer_tensors[layer] if not gone.issuperset(targets[name])
     ]
     file = shard_name(layer, len(plan.model.layers))
-    new = len(tensors)
+    changed = len(tensors) + sum(name in shrinking for name in copied)
+    dtype = _storage_dtype(plan, layer) if shrinking else None
     with plan.source.slices(copied) as slices:
-        tensors |= {name: slices[name][...] for name in copied}
+        for name in copied:
+            share = shrinking.get(name, Share(name))
+            found = share.renamed(kept or [])
+            if found is not None:
+                tensors[found] = _rest(slices[name][...], share, kept or [], dtype)
         write_tensors(output / file, tensors)
-    return {"file": file, "modules": specs, "new": new, "copied": len(copied)}
+    return {
+        "file": file,
+        "modules": specs,
+        "kept": kept,
+        "new": changed,
+        "copied": len(copied) - sum(name in shrinking for name in copied),
+    }
+
+
+def _storage_dtype(plan: Plan, layer: int) -> torch.dtype:
+    """The dtype in which a layer's changed experts are stored."""
+    down = next(site for site in plan.sites[layer].values() if site.part == "down")
+    return plan.storage_dtype(layer, down)
+
+
+def _rest(
+    tensor: torch.Tensor, share: Share, kept: list[int], dtype: torch.dtype | None
+) -> torch.Tensor:
+    """What stays of a source tensor; experts' own in the dtype in which changed ones are stored."""
+    if share.dim is not None:
+        tensor = tensor.index_select(share.dim, torch.tensor(kept))
+    return tensor.to(dtype) if share.of_experts and dtype is not None else tensor
 
 
 def write_outer(plan: Plan, output: Path) -> dict[str, Any]:
@@ -105,34 +186,68 @@ def write_outer(plan: Plan, output: Path) -> dict[str, Any]:
     return {"file": file, "copied": len(names)}
 
 
-def write_index(output: Path, files: Iterable[str]) -> tuple[int, int]:
+def write_index(output: Path, files: Iterable[str], modules: Mapping[str, Any]) -> tuple[int, int]:
     """Writes the index over the shards.
+
+    Args:
+        output: The checkpoint's directory.
+        files: Its shards.
+        modules: Module path → its description: only that tells which bytes are packed weights.
 
     Returns:
         Parameters and payload bytes, counted on the written files.
     """
+    elements = tensor_elements(modules)
     weight_map: dict[str, str] = {}
     parameters = nbytes = 0
     for file in files:
         for name, info in read_header(output / file).items():
             weight_map[name] = file
             nbytes += info.nbytes
-            parameters += info.numel if info.dtype in FLOATING else 0
+            parameters += elements.get(name, info.numel if info.dtype in FLOATING else 0)
     write_json(output / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
     return parameters, nbytes
 
 
 def write_config(
-    plan: Plan, output: Path, modules: dict[str, Any], providers: list[str], method: Any
-) -> None:
-    """Writes config.json: the source's, with our keys and the storage dtype."""
-    config = dict(plan.source.config)
+    plan: Plan,
+    output: Path,
+    modules: dict[str, Any],
+    providers: list[str],
+    method: Any,
+    left: Mapping[int, int],
+) -> str:
+    """Writes config.json: the source's, with the number of experts, the storage dtype and our keys.
+
+    Args:
+        plan: The run's plan.
+        output: The checkpoint's directory.
+        modules: Module path → type and term specs, of modules that terms stand for.
+        providers: Plugins whose kinds of term these are.
+        method: What made the checkpoint, for people to read.
+        left: How many experts each layer keeps, of the layers that have lost some.
+
+    Returns:
+        The kind of output: "native" where it says nothing of mctk.
+    """
+    smaller = config_without(plan, left) if left else None
+    config = dict(plan.source.config if smaller is None else smaller)
+    experts = {}
+    if smaller is None:
+        for layer, count in left.items():
+            module = plan.model.layers[layer]
+            router = find_router(module, plan.sites[layer])
+            assert router is not None
+            experts[f"{plan.model.layers_path}.{layer}"] = resized_entry(
+                module, router.module, count, router.tensors, router.counts
+            )
     if plan.recipe.storage_dtype != "auto":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = plan.recipe.storage_dtype
-    if modules:
-        config = checkpoint_config(config, modules, providers, method)
+    if modules or experts:
+        config = checkpoint_config(config, modules, providers, method, experts)
     write_json(output / "config.json", config)
+    return "mctk" if modules or experts else "native"
 
 
 def copy_companions(source: Source, output: Path) -> list[str]:
@@ -147,16 +262,20 @@ def copy_companions(source: Source, output: Path) -> list[str]:
 
 
 def describe(bank: Bank) -> str:
-    """A bank's terms in a few words, for reports: "dense shared ×2 + lowrank r=64"."""
+    """A bank's terms in a few words: "dense shared ×2 + lowrank r=64", "dense 6 of 8"."""
     words = []
     for term in bank.terms:
         stored = len({slot for slot in term.slots if slot is not None})
-        word = term.kind + (f" shared ×{stored}" if stored < bank.shape.members else "")
+        served = sum(slot is not None for slot in term.slots)
+        word = term.kind + (f" shared ×{stored}" if stored < served else "")
+        word += f" {served} of {bank.shape.members}" if 0 < served < bank.shape.members else ""
         rank = getattr(term, "rank", None)
         word += f" r={rank}" if rank is not None else ""
         storage = term.spec().get("storage", "plain")
-        words.append(word + (f" {storage}" if storage != "plain" else ""))
-    return " + ".join(words)
+        word += f" {storage}" if storage != "plain" else ""
+        words.append(word + "".join(f" {bits} bits" for bits in packed_bits(term)))
+    # Some methods make a term for each expert.
+    return " + ".join(w if n == 1 else f"{n} × {w}" for w, n in Counter(words).items())
 
 
 def relative_weight_error(bank: Bank, original: Bank) -> float:

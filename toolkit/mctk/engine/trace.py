@@ -18,13 +18,13 @@ from torch.nn import functional
 from ..models import BankSite, installed, neighbours
 from ..runtime import observe
 from ..sweep import LayerCall, StreamedModel
-from ..terms import Bank, Term
+from ..terms import Bank, Term, removed_members
 
 UNCHANGED = 1e-4  # relative squared error that rounding may leave, in bfloat16 too
 
 
-class LayerTrace:
-    """Measures one layer's passes on a sample.
+class LayerOriginal:
+    """What a layer does in the original to a sample of its inputs: measured once for all runs.
 
     Args:
         model: The streamed model; the layer is filled.
@@ -33,7 +33,12 @@ class LayerTrace:
         sites: Its bank sites.
         banks: Its original banks.
         samples: Hidden states [n, T, H] that enter it.
-        call: What else the layer was passed for sequences of this shape.
+        call: What else the layer is passed for these sequences.
+
+    Attributes:
+        inputs: What enters each bank: bank → member → rows [n, in], in pieces.
+        outputs: The layer's outputs [n, T, H].
+        energy: The squared norm of what it adds to the residual stream.
     """
 
     def __init__(
@@ -44,29 +49,22 @@ class LayerTrace:
         sites: dict[str, BankSite],
         banks: dict[str, Bank],
         samples: torch.Tensor,
-        calls: list[LayerCall],
+        call: LayerCall,
     ) -> None:
         self.model, self.index, self.module = model, index, module
         self.sites, self.banks = sites, banks
-        self.samples, self.calls = samples, calls
-        self.rows: list[dict[str, Any]] = []
+        self.samples, self.call = samples, call
         self.energies: dict[str, float] = {}  # of each bank's outputs, once known
-        self.moved: set[str] = set()  # banks whose members no longer correspond to the original's
         self.inputs: dict[str, dict[int, list[torch.Tensor]]] = {}
         self.outputs = self._run(listen=True)
-        self.energy = sum(
-            float((y.double() - x.double().to(y.device)).square().sum())
-            for x, y in zip(self.samples.split(1), self.outputs, strict=True)
-        )
+        self.energy = _squared_distance(self.outputs, samples.to(self.outputs.device))
 
-    def _run(self, listen: bool = False) -> list[torch.Tensor]:
+    def _run(self, listen: bool = False) -> torch.Tensor:
         with contextlib.ExitStack() as stack, torch.no_grad():
             if listen:
                 self._listen(stack)
-            return [
-                self.model.run_layer(self.index, x.to(self.model.device), call)
-                for x, call in zip(self.samples.split(1), self.calls, strict=True)
-            ]
+            entering = self.samples.to(self.model.device)
+            return self.model.run_layer(self.index, entering, self.call)
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         """Records what enters every bank of the original layer, until the stack unwinds."""
@@ -101,11 +99,7 @@ class LayerTrace:
             banks: All banks of each module that is to be replaced.
         """
         with installed(self.module, banks, self.model.dtype):
-            outputs = self._run()
-        error = sum(
-            float((a.double() - b.double()).square().sum())
-            for a, b in zip(outputs, self.outputs, strict=True)
-        )
+            error = _squared_distance(self._run(), self.outputs)
         return error / self.energy if self.energy else 0.0
 
     def bank_error(self, bank: Bank) -> float | None:
@@ -127,12 +121,38 @@ class LayerTrace:
         known = self.energies.setdefault(bank.name, energy)
         return error / known if known else None
 
+    def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:
+        """All banks of every module that holds one of the named."""
+        return {name: banks[name] for name in neighbours(self.sites, names)}
+
+
+class LayerTrace:
+    """One run's passes on one layer, measured.
+
+    Args:
+        original: The layer in the original.
+
+    Attributes:
+        rows: For each pass and bank, the errors.
+        moved: Banks whose members no longer correspond to the original's.
+    """
+
+    def __init__(self, original: LayerOriginal) -> None:
+        self.original = original
+        self.rows: list[dict[str, Any]] = []
+        self.moved: set[str] = set()
+
     def after(self, step: str, names: list[str], banks: dict[str, Bank]) -> None:
         """Adds the rows of one pass; `banks` are all of the layer's as they are now."""
-        whole = self.whole_modules(banks, {n for n in banks if banks[n] is not self.banks[n]})
-        error = self.layer_error(whole)
+        original = self.original
+        changed = {n for n in banks if banks[n] is not original.banks[n]}
+        error = original.layer_error(original.whole_modules(banks, changed))
+        gone = removed_members(banks.values())
         for name in names:
-            bank_error = None if name in self.moved else self.bank_error(banks[name])
+            # Where experts are removed tokens go to others: no bank's output answers to another's.
+            apart = bool(gone) and original.sites[name].part != "linear"
+            known = name not in self.moved and not apart
+            bank_error = original.bank_error(banks[name]) if known else None
             merged = step.startswith("merge/")
             if merged and bank_error is not None and error < UNCHANGED < bank_error:
                 # The layer gives what it gave, the bank does not: its neurons have changed places.
@@ -142,9 +162,11 @@ class LayerTrace:
                 {"step": step, "bank": name, "bank_error": bank_error, "layer_error": error}
             )
 
-    def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:
-        """All banks of every module that holds one of the named."""
-        return {name: banks[name] for name in neighbours(self.sites, names)}
+
+def _squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``‖a - b‖²`` of hidden states [n, T, H], in float64, a sequence at a time."""
+    pairs = zip(a, b, strict=True)
+    return sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)
 
 
 def _in_float32(bank: Bank, member: int) -> tuple[torch.Tensor, torch.Tensor]:

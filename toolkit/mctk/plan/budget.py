@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..terms import DENSE, Bank, SizeCurve, Term
-from .layout import DataDecide, MetaTerms, apply_layout, banks_now, lay_out_layer
+from .layout import DataDecide, MetaTerms, apply_layout, banks_now, groups, lay_out_layer
+from .removal import too_small
 
 TOLERANCE = 0.005  # of the original: how far below its budget a run may end
 
@@ -62,7 +63,8 @@ def set_budget(plan: Plan) -> None:
     rest_in_scope = plan.scope - (total - result) - sum(present for _, present in found)
     plan.curves = [curve for curve, _ in found]
     plan.budget = plan.allowed - rest_in_scope
-    smallest = sum(curve.cost[0] for curve in plan.curves)
+    items = merged_curves(plan, plan.curves)
+    smallest = sum(curve.cost[0] for curve in items)
     if plan.budget < smallest:
         least = (rest_in_scope + smallest) / plan.scope
         raise recipe.error(
@@ -70,7 +72,7 @@ def set_budget(plan: Plan) -> None:
             f"at most {1 - least:.1%} of the {budget.of} can be removed by these steps, "
             f"not {1 - budget.kept:.1%}",
         )
-    largest = sum(curve.cost[-1] for curve in plan.curves)
+    largest = sum(curve.cost[-1] for curve in items)
     if largest < plan.budget - TOLERANCE * plan.scope:
         used = (rest_in_scope + largest) / plan.scope
         plan.warnings.append(
@@ -129,7 +131,7 @@ def _check_feasible(plan: Plan) -> None:
     assert allocate is not None and plan.budget is not None
     stand_ins = [
         SizeCurve(c.item, c.settings, c.cost, tuple((1 - x / c.cost[-1]) ** 2 for x in c.cost))
-        for c in plan.curves
+        for c in merged_curves(plan, plan.curves)
     ]
     allocate.method.allocate(stand_ins, plan.budget, allocate.options)
 
@@ -155,6 +157,46 @@ def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
     return sum(cost(plan.original_terms(layer, plan.sites[layer][name])) for layer, name in chosen)
 
 
+def merged_curves(plan: Plan, curves: list[SizeCurve]) -> list[SizeCurve]:
+    """The curves as an allocator sees them: one for a step that takes the same size in all layers.
+
+    Its settings are those that every layer has; costs and errors add up. The item bears the first
+    layer's number.
+    """
+    alone: list[SizeCurve] = []
+    shared: dict[int, list[SizeCurve]] = {}
+    for curve in curves:
+        number = curve.item[0]
+        if plan.recipe.steps[number].method.same_size:
+            shared.setdefault(number, []).append(curve)
+        else:
+            alone.append(curve)
+    return alone + [_sum(plan, number, parts) for number, parts in shared.items()]
+
+
+def _sum(plan: Plan, number: int, parts: list[SizeCurve]) -> SizeCurve:
+    """One curve of a step over all its layers."""
+    first = parts[0]
+    settings = tuple(s for s in first.settings if all(s in part.settings for part in parts))
+    if not settings:
+        raise plan.recipe.error(
+            ("steps", number, "size"), "the layers have no size in common that they could all take"
+        )
+    places = [[part.settings.index(setting) for setting in settings] for part in parts]
+    cost = [
+        sum(part.cost[place[i]] for part, place in zip(parts, places, strict=True))
+        for i in range(len(settings))
+    ]
+    errors = [part.error for part in parts if part.error is not None]
+    error = None
+    if len(errors) == len(parts):
+        error = tuple(
+            sum(known[place[i]] for known, place in zip(errors, places, strict=True))
+            for i in range(len(settings))
+        )
+    return SizeCurve(first.item, settings, tuple(cost), error)
+
+
 def _curve(
     plan: Plan, fixed: Size, number: int, layer: int, names: list[str], in_bytes: bool
 ) -> tuple[SizeCurve, int]:
@@ -178,8 +220,10 @@ def _curve(
     if settings[-1] != DENSE:
         raise ValueError(f"{step.stage}/{step.method.name}: sizes() must end with DENSE")
     if in_bytes:
-        costs = _costs_in_bytes(plan, number, before, banks, settings, costs)
-    pairs = [(s, c) for s, c in zip(settings, costs, strict=True) if c < costs[-1]]
+        costs = _costs_in_bytes(plan, fixed, number, before, banks, settings, costs)
+    first = too_small(plan, number, layer, names, settings[:-1], before)
+    possible = list(zip(settings, costs, strict=True))[first:]
+    pairs = _rising([(setting, cost) for setting, cost in possible if cost < costs[-1]])
     original = sum(sites[name].shape.parameters for name in names)
     grown = sum(bank.without_biases().parameters() for bank in banks.values())
     if not pairs or step.stage != "decompose" or grown <= original:
@@ -190,29 +234,65 @@ def _curve(
     return curve, costs[-1]
 
 
+def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Settings and costs without those that cost no more than a smaller one (by rounding)."""
+    found: list[tuple[int, int]] = []
+    for setting, cost in pairs:
+        if not found or cost > found[-1][1]:
+            found.append((setting, cost))
+    return found
+
+
 def _costs_in_bytes(
     plan: Plan,
+    fixed: Size,
     number: int,
     before: MetaTerms,
     banks: dict[str, Bank],
     settings: list[int],
     parameters: list[int],
 ) -> list[int]:
-    """What each setting stores in bytes: positions count, and dtypes may change."""
+    """What each setting stores in bytes once all steps are done: dtypes and storage may change.
+
+    Args:
+        plan: The plan.
+        fixed: All sizes, the auto steps changing nothing.
+        number: The step.
+        before: What earlier steps made of the layer.
+        banks: The banks that one call of it takes, as those left them.
+        settings: The step's settings.
+        parameters: What each stores of what the step rewrites.
+    """
     names = list(banks)
     layer = banks[names[0]].layer
-    present = sum(bank.nbytes() for bank in banks.values())
-    widest = max(term.dtype.itemsize for bank in banks.values() for term in bank.terms)
-    dense = parameters[-1] * widest
-    costs = []
-    for setting, count in zip(settings[:-1], parameters[:-1], strict=True):
+    later = [
+        other
+        for other in range(number + 1, len(plan.recipe.steps))
+        if set(names) & set(plan.targets[other].get(layer, ()))
+    ]
+
+    def finished(setting: int) -> int:
         changed = {layer: dict(before.get(layer, {}))}
-        try:
+        if setting != DENSE:
             apply_layout(plan, number, layer, names, setting, changed)
-        except DataDecide:
-            storage = plan.storage_dtype(layer, plan.sites[layer][names[0]])
-            costs.append(count * storage.itemsize)
-            continue
-        now = sum(bank.nbytes() for bank in banks_now(plan, layer, names, changed).values())
-        costs.append(now - (present - dense))
+        for other in later:
+            for group in groups(plan, other, layer):
+                size = fixed[other, layer, group[0]]
+                if not plan.passes_over(other, size):
+                    apply_layout(plan, other, layer, group, size, changed)
+        return sum(bank.nbytes() for bank in banks_now(plan, layer, names, changed).values())
+
+    # The bytes of what the step rewrites; the rest of the banks (a base, biases) is a constant.
+    whole = sum(bank.parameters() for bank in banks.values())
+    widest = max(term.dtype.itemsize for bank in banks.values() for term in bank.terms)
+    present = sum(bank.nbytes() for bank in banks.values())
+    dense = parameters[-1] * widest
+    try:
+        if later:
+            present = finished(DENSE)
+            dense = present * parameters[-1] // whole
+        costs = [finished(setting) - (present - dense) for setting in settings[:-1]]
+    except DataDecide:
+        storage = plan.storage_dtype(layer, plan.sites[layer][names[0]])
+        costs = [count * storage.itemsize for count in parameters[:-1]]
     return [*costs, dense]

@@ -9,11 +9,12 @@ from ..checkpoint import ModelSizes, expert_macs, experts_per_token
 from ..data import calibration_windows, evaluation_windows
 from ..errors import UserError
 from ..evaluate.harness import check_tasks
-from ..statistics import Need, size_of
+from ..statistics import Need, RoutedOutputs, size_of
 from ..terms import DENSE
 from .budget import TOLERANCE
 from .layout import DataDecide, MetaTerms, lay_out_layer
 from .plan import Plan, Size, count_model
+from .removal import output_kind
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        "output": {"path": str(recipe.output), "kind": "mctk"},
+        "output": {"path": str(recipe.output), "kind": _kind(plan, sizes, changed)},
         "steps": [_step(plan, number) for number in range(len(recipe.steps))],
         "allocate": recipe.allocate.method.name if recipe.allocate else None,
         "sizes": {
@@ -62,12 +63,21 @@ def describe(plan: Plan) -> dict[str, Any]:
         "statistics": _statistics(plan),
         "sweeps": sweeps,
         "backward_sweeps": backward,
+        "recollected": bool(plan.recollected),
         "weight_reads": 1 + sweeps + backward + again + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
         "warnings": [*plan.warnings, *_grown(layers)],
     }
+
+
+def _kind(plan: Plan, sizes: Size | None, changed: MetaTerms | None) -> str:
+    """The form of the result; where sizes wait for data, as with the smallest."""
+    if sizes is None and not plan.pending:
+        sizes = plan.smallest()
+        changed = plan.layout(sizes)
+    return "mctk" if sizes is None else output_kind(plan, sizes, changed)
 
 
 def _grown(layers: list[dict[str, Any]]) -> list[str]:
@@ -166,6 +176,10 @@ def _statistics(plan: Plan) -> list[dict[str, Any]]:
     length = plan.recipe.calibration.length
     hidden = plan.model.config.get_text_config().hidden_size
     found: dict[str, dict[str, Any]] = {}
+    for needs in plan.recollected.values():
+        for need in needs:  # in memory, while their layer is worked on
+            name = f"{_need_name(need)} of the compressed prefix"
+            found.setdefault(name, {"need": name, "layers": 0, "bytes": 0})["layers"] += 1
     for layer, needs in plan.needs.items():
         for need in needs:
             name = _need_name(need)
@@ -246,7 +260,7 @@ class _NoTokenizer(Exception):
 
 
 def _tokenizer(plan: Plan) -> Any:
-    from ..evaluate.suite import load_tokenizer
+    from ..evaluate.loading import load_tokenizer
 
     try:
         return load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
@@ -279,6 +293,16 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
             sizes = {n: size_of(n, plan.sites[layer], width, itemsize, length) for n in needs}
             in_layer.append(sum(sizes.values()))
             kept += sum(size for need, size in sizes.items() if not need.transient)
+        for needs in plan.recollected.values():
+            in_layer.append(
+                sum(size_of(n, plan.sites[layer], width, itemsize, length) for n in needs)
+            )
+        if plan.recollected:
+            # What enters the layer at work and the next one; the original's, too, if compared.
+            compared = any(
+                isinstance(n, RoutedOutputs) for needs in plan.recollected.values() for n in needs
+            )
+            temporary += 2 * hidden * (1 + compared)
         if any(need.gradient for needs in plan.needs.values() for need in needs):
             # What enters every layer (fewer with keep_every), the last one's output, and gradients.
             every = min(recipe.calibration.keep_every or 1, len(model.layers))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..models import neighbours
-from ..terms import Bank, Bias, Term
+from ..runtime import is_expert_list
+from ..terms import Bank, Bias, ExpertSkip, Term
 
 if TYPE_CHECKING:
     from .plan import Plan, Size
@@ -22,7 +23,7 @@ class DataDecide(Exception):
 def groups(plan: Plan, number: int, layer: int) -> list[list[str]]:
     """The banks of a layer that one call of a step's method gets: one, or all that it targets."""
     names = plan.targets[number].get(layer, [])
-    if plan.recipe.steps[number].method.scope == "layer":
+    if plan.recipe.steps[number].method.scope != "bank":
         return [names] if names else []
     return [[name] for name in names]
 
@@ -35,7 +36,7 @@ def banks_now(plan: Plan, layer: int, names: list[str], changed: MetaTerms) -> d
         terms = changed.get(layer, {}).get(name)
         if terms is None:
             terms = plan.original_terms(layer, site)
-        found[name] = Bank(name, layer, site.shape, list(terms))
+        found[name] = Bank(name, layer, site.shape, list(terms), site.groups)
     return found
 
 
@@ -63,6 +64,7 @@ def apply_layout(
         raise plan.recipe.error(("steps", number), str(error)) from error
     if found is None:
         raise DataDecide(number)
+    _check_skips(plan, number, layer, found)
     now = changed.setdefault(layer, {})
     for name, terms in found.items():
         dtype = plan.storage_dtype(layer, plan.sites[layer][name])
@@ -73,6 +75,18 @@ def apply_layout(
         elif step.stage == "decompose":
             kept = [term for term in before if isinstance(term, Bias)]
         now[name] = [term.to(dtype=dtype) for term in (*terms, *kept)]
+
+
+def _check_skips(plan: Plan, number: int, layer: int, found: Mapping[str, Sequence[Term]]) -> None:
+    """Experts that the model's own code calls one by one cannot be skipped at run time."""
+    for name, terms in found.items():
+        module = plan.model.layers[layer].get_submodule(plan.sites[layer][name].module)
+        if is_expert_list(module) and any(isinstance(term, ExpertSkip) for term in terms):
+            raise plan.recipe.error(
+                ("steps", number),
+                f"the model's own code calls the experts of layer {layer} one by one: no choice of "
+                "a token can be skipped",
+            )
 
 
 def lay_out(plan: Plan, sizes: Size) -> MetaTerms:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,12 +28,11 @@ from ..models import BankSite, bank_sites
 from ..statistics import Need
 from ..sweep import StreamedModel
 from ..terms import DENSE, Bank, SizeCurve, Term
-from .budget import set_budget
+from .budget import merged_curves, set_budget
 from .checks import check_fused, check_gradients, check_routing, warn
 from .layout import (
     DataDecide,
     MetaTerms,
-    banks_now,
     groups,
     lay_out,
     lay_out_layer,
@@ -41,6 +40,8 @@ from .layout import (
     with_neighbours,
 )
 from .needs import find_needs, find_targets
+from .removal import check_removal
+from .stated import stated
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -59,7 +60,8 @@ class Plan:
         model: The skeleton, with its weight map.
         sites: Per layer, its banks.
         targets: Per step, layer → names of the banks that it works on.
-        needs: Per layer, the canonical statistics to collect.
+        needs: Per layer, the canonical statistics to collect with the original's layers before it.
+        recollected: Per layer, those to collect on what the run's compressed layers pass on.
         curves: The size curves of all `auto` banks, without errors.
         budget: What the auto banks may cost in all, in the budget's unit; None without a budget.
         allowed: What the budget's scope may cost in all.
@@ -69,6 +71,8 @@ class Plan:
         prepared: How many steps, from the first, are run before others' statistics are taken.
         prepared_terms: What those steps have made, on meta, once they have been run.
         warnings: What the user should know.
+        configs: Number of experts that stay → the config.json that says so, once it is known.
+        common: Step → the stated setting that it takes in all layers, once it is known.
     """
 
     recipe: Recipe
@@ -84,7 +88,10 @@ class Plan:
     share: float | None = None
     prepared: int = 0
     prepared_terms: MetaTerms | None = None
+    recollected: dict[int, list[Need]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    configs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    common: dict[int, int] = field(default_factory=dict)
     _dtypes: dict[tuple[int, str], torch.dtype] = field(default_factory=dict)
 
     @property
@@ -131,8 +138,10 @@ class Plan:
             }
             for layer, banks in prepared.items()
         }
+        self.common.clear()
         if self.pending:
             set_budget(self)
+            check_removal(self, self.smallest())
 
     def solve(self, curves: list[SizeCurve] | None = None) -> Size:
         """Decides every step's size on every bank.
@@ -145,13 +154,32 @@ class Plan:
         if self.curves:
             assert allocate is not None and self.budget is not None
             known = curves or self.curves
-            picked = allocate.method.allocate(known, self.budget, allocate.options)
-            chosen = {curve.item: curve.settings[picked[curve.item]] for curve in known}
+            merged = merged_curves(self, known)
+            picked = allocate.method.allocate(merged, self.budget, allocate.options)
+            chosen = {curve.item: curve.settings[picked[curve.item]] for curve in merged}
+            chosen = self._everywhere(chosen)
         sizes = self.sizes(chosen)
         if all(size == DENSE for size in sizes.values()):
             key = ("budget",) if self.recipe.budget else ("steps",)
             raise self.recipe.error(key, "nothing would change: every bank is kept as it is")
         return sizes
+
+    def _everywhere(self, chosen: Mapping[Item, int]) -> dict[Item, int]:
+        """Gives the setting of a step that takes the same size in all layers to each of them."""
+        common = {
+            item[0]: setting
+            for item, setting in chosen.items()
+            if self.recipe.steps[item[0]].method.same_size
+        }
+        return {
+            curve.item: common[curve.item[0]] if curve.item[0] in common else chosen[curve.item]
+            for curve in self.curves
+        }
+
+    def smallest(self) -> Size:
+        """Every step's size on every bank if the auto steps store as little as they can."""
+        items = merged_curves(self, self.curves)
+        return self.sizes(self._everywhere({curve.item: curve.settings[0] for curve in items}))
 
     def sizes(self, chosen: Mapping[Item, int] | None = None) -> Size:
         """Every step's size on every bank.
@@ -227,38 +255,14 @@ class Plan:
         Raises:
             RecipeError: The banks have no such size.
         """
-        step = self.recipe.steps[number]
-        size, where = step.size, ("steps", number, "size")
-        if size is None:
-            if step.stage != "merge" or self.share is None:
-                return None
-            whole = sum(self.sites[layer][name].shape.parameters for name in names)
-            return math.floor(self.share * whole)
-        banks = f"{', '.join(names)} of layer {layer}"
-        if size.rank is not None and step.stage == "decompose":
-            shape = self.sites[layer][names[0]].shape
-            if size.rank > min(shape.out_features, shape.in_features):
-                raise self.recipe.error(
-                    where,
-                    f"rank {size.rank} exceeds {banks}, a "
-                    f"{shape.out_features} × {shape.in_features} matrix",
-                )
-        if size.rank is not None:
-            return size.rank
-        assert size.keep is not None  # a size that is not auto has a rank or a share
+        return stated(self, number, layer, names)
+
+    def stated_before(self, number: int, layer: int) -> Size:
+        """The sizes of a layer's steps before one, as far as the recipe states them."""
         fixed: Size = {}
         for earlier in range(number):
             fixed |= self._step_sizes(earlier, layer, None)
-        now = lay_out_layer(self, fixed, number, layer)
-        settings, costs = self.costs(number, banks_now(self, layer, names, now))
-        whole = costs[-1]  # of what the step rewrites: the matrices, or a base among them
-        fitting = [s for s, c in zip(settings, costs, strict=True) if c <= size.keep * whole]
-        if not fitting:
-            raise self.recipe.error(
-                where,
-                f"keep {size.keep} of {banks} is below the smallest size, {costs[0] / whole:.3f}",
-            )
-        return fitting[-1]
+        return fixed
 
     def costs(self, number: int, banks: Mapping[str, Bank]) -> tuple[list[int], list[int]]:
         """A step's settings, and their parameters, on banks as the steps before it leave them."""
@@ -288,7 +292,8 @@ class Plan:
         A method that sees a whole layer is called even where nothing is to be stored less: it may
         have more to say, such as which channels to skip at run time.
         """
-        return size == DENSE and self.recipe.steps[number].method.scope == "bank"
+        method = self.recipe.steps[number].method
+        return size == DENSE and (method.scope == "bank" or method.same_size)
 
     def group_of(self, number: int, layer: int, bank: str) -> list[str]:
         """The banks that one call of a step's method gets together with this one."""
@@ -340,12 +345,6 @@ def make_plan(
         raise UserError(f"{model.source.path}: is compressed already; compress the original")
     sites = [bank_sites(layer) for layer in model.layers]
     check_routing(model, sites)
-    if recipe.propagate == "compressed":
-        raise recipe.error(
-            ("calibration", "propagate"),
-            "statistics of the compressed model's activations are not supported yet; "
-            "write propagate: original",
-        )
     recipe.check_layers(len(sites))
     targets = [find_targets(recipe, number, sites) for number in range(len(recipe.steps))]
     original = count_model(model, {})
@@ -354,5 +353,7 @@ def make_plan(
     check_gradients(plan)
     check_fused(plan)
     set_budget(plan)
+    if not plan.pending:
+        check_removal(plan, plan.smallest() if plan.needs_curves else plan.solve())
     warn(plan)
     return plan

@@ -8,11 +8,13 @@ from mctk.recipe.schema import (
     Allocate,
     Budget,
     Calibration,
+    Divergence,
     Evaluate,
     Layers,
     PerplexityText,
     Recipe,
     Size,
+    Speed,
     Step,
 )
 
@@ -20,11 +22,13 @@ __all__ = [
     "Allocate",
     "Budget",
     "Calibration",
+    "Divergence",
     "Evaluate",
     "Layers",
     "PerplexityText",
     "Recipe",
     "Size",
+    "Speed",
     "Step",
     "load_recipe",
 ]

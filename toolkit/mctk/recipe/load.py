@@ -14,7 +14,7 @@ from mctk.errors import UserError, nearest
 from mctk.hookspecs import STAGES, Method
 from mctk.recipe.schema import Recipe, Step
 from mctk.recipe.source import KeyPath, RecipeSource
-from mctk.registry import Registry, load_plugins
+from mctk.registry import Registry, implements, load_plugins
 
 DEFAULT_ALLOCATE = "uniform"
 _STEP_STAGES = tuple(stage for stage in STAGES if stage != "allocate")
@@ -22,7 +22,7 @@ _STEP_KEYS = (*_STEP_STAGES, *(key for key in Step.model_fields if key != "metho
 
 
 def load_recipe(
-    origin: str | Path | Mapping[str, Any],
+    origin: str | Path | Mapping[str, Any] | RecipeSource,
     overrides: Iterable[str] = (),
     registry: Registry | None = None,
     **flags: Any,
@@ -30,7 +30,7 @@ def load_recipe(
     """Reads and checks a recipe, without loading torch.
 
     Args:
-        origin: A YAML file, or the same content as a mapping.
+        origin: A YAML file, or the same content as a mapping or as a source.
         overrides: `--set` assignments such as "budget.remove=0.3", applied in order.
         registry: Plugins to take methods from; the installed ones by default.
         **flags: Top-level keys given on the command line, e.g. output or device; they come after
@@ -39,7 +39,7 @@ def load_recipe(
     Raises:
         RecipeError: For the first mistake, with file, line and key.
     """
-    source = RecipeSource(origin)
+    source = origin if isinstance(origin, RecipeSource) else RecipeSource(origin)
     source.override(overrides)
     for key, value in flags.items():
         if value is not None:
@@ -48,7 +48,9 @@ def load_recipe(
     registry = load_plugins() if registry is None else registry
 
     data = dict(source.data)
-    _check_keys(source, data, Recipe, ())
+    if "rows" in data:
+        raise source.error(("rows",), "is a key of comparisons; `mctk compare` takes their files")
+    check_keys(source, data, Recipe, ())
     data["steps"] = [
         _step(source, registry, step, index) for index, step in enumerate(_steps(source, data))
     ]
@@ -57,7 +59,7 @@ def load_recipe(
         data["allocate"] = _allocate(source, registry, data["allocate"])
     data.setdefault("output", str(Path("runs") / (source.file.stem if source.file else "recipe")))
     root = source.file.resolve().parent if source.file else None
-    recipe = _validate(source, Recipe, data, (), context={"root": root}, strict_json=False)
+    recipe = validate(source, Recipe, data, (), context={"root": root}, strict_json=False)
     recipe._source = source
     _check_sizes(recipe)
     _check_allocate(recipe)
@@ -92,7 +94,7 @@ def _step(source: RecipeSource, registry: Registry, step: Any, index: int) -> di
     rest = {key: value for key, value in step.items() if key != stage}
     if isinstance(rest.get("size"), dict):
         model = Step.model_fields["size"].annotation
-        _check_keys(source, rest["size"], _model_in(model), (*path, "size"))
+        check_keys(source, rest["size"], _model_in(model), (*path, "size"))
     method = _method(source, registry, stage, step[stage], (*path, stage))
     options = _options(source, method, rest.get("options", {}), (*path, "options"))
     if method.takes_size is True and rest.get("size") is None:
@@ -137,11 +139,11 @@ def _options(source: RecipeSource, method: Method, given: Any, path: KeyPath) ->
     if not isinstance(given, dict):
         raise source.error(path, "should be a mapping of option to value")
     unknown = f"unknown option of {method.stage}/{method.name}"
-    _check_keys(source, given, method.Options, path, unknown)
-    return _validate(source, method.Options, given, path)
+    check_keys(source, given, method.Options, path, unknown)
+    return validate(source, method.Options, given, path)
 
 
-def _check_keys(
+def check_keys(
     source: RecipeSource,
     data: dict[str, Any],
     model: type[BaseModel] | None,
@@ -160,7 +162,7 @@ def _check_keys(
             continue  # written otherwise than they are kept; checked with their methods
         below = _model_in(known.annotation)
         for at, item in _mappings(value, (*path, key)):
-            _check_keys(source, item, below, at, unknown)
+            check_keys(source, item, below, at, unknown)
 
 
 def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
@@ -183,7 +185,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _validate(
+def validate(
     source: RecipeSource,
     model: type[Any],
     data: dict[str, Any],
@@ -264,12 +266,23 @@ def _check_allocate(recipe: Recipe) -> None:
     if recipe.budget is None:
         raise recipe.error(("allocate",), "has no effect without a budget")
     method = recipe.allocate.method
-    for index, step in enumerate(recipe.steps):
-        if step.auto and method.needs_curves and step.method.units != "squared_error":
+    if not method.needs_curves:
+        return
+    auto = [(index, step) for index, step in enumerate(recipe.steps) if step.auto]
+    for index, step in auto:
+        name = f"steps.{index} ({step.stage}/{step.method.name})"
+        lacks = None
+        if method.units == "squared_error" and step.method.units != "squared_error":
+            lacks = f"compares squared errors, and {name} has only scores"
+        elif method.units == "score" and step.method.units != "score":
+            lacks = f"compares scores, and {name} has squared errors"
+        elif not implements(step.method, "curve"):
+            lacks = f"compares scores, and {name} gives none"
+        elif method.units == "score" and step.method is not auto[0][1].method:
+            lacks = f"compares scores of one method, and {name} is another than steps.{auto[0][0]}"
+        if lacks is not None:
             raise recipe.error(
-                ("allocate", "method"),
-                f"'{method.name}' compares squared errors, and steps.{index} "
-                f"({step.stage}/{step.method.name}) has only scores; use {DEFAULT_ALLOCATE}",
+                ("allocate", "method"), f"'{method.name}' {lacks}; use {DEFAULT_ALLOCATE}"
             )
 
 

@@ -220,10 +220,38 @@ class PerplexityText(Source):
         return self
 
 
+def _switch(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
+class Divergence(_Model):
+    """How far next-token distributions are from the original's, on the perplexity texts."""
+
+    tokens: int = Field(
+        16384, ge=1, description="at most so many positions, of all texts alike from their starts"
+    )
+
+
+class Speed(_Model):
+    """Tokens per second; whatever else the machine does counts."""
+
+    batch: int = Field(1, ge=1, description="sequences at a time")
+    length: int = Field(512, ge=1, description="tokens of a prompt")
+    new: int = Field(64, ge=0, description="tokens that are generated after it")
+    repeats: int = Field(5, ge=1, description="measurements, of which the median counts")
+
+
 class Evaluate(_Model):
     """What is measured on the written checkpoint, and on the original."""
 
     perplexity: list[PerplexityText] = Field(default=[], description="texts")
+    divergence: Annotated[Divergence | None, BeforeValidator(_switch)] = Field(
+        default=None,
+        description="KL divergence from the original and agreement with it; true is enough",
+    )
+    speed: Annotated[Speed | None, BeforeValidator(_switch)] = Field(
+        default=None, description="tokens per second; true is enough"
+    )
     tasks: list[str] = Field(default=[], description="lm-eval tasks")
     limit: int | None = Field(None, ge=1, description="documents of each task; all by default")
 
@@ -233,6 +261,8 @@ class Evaluate(_Model):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two perplexity texts are named {name!r}; give each a name")
+        if self.divergence is not None and not self.perplexity:
+            raise ValueError("divergence is measured on the perplexity texts, and there are none")
         if self.limit is not None and not self.tasks:
             raise ValueError("limit has no effect without tasks; for perplexity set windows")
         return self

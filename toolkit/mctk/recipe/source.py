@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,46 @@ class RecipeSource:
             self._lines[here] = line
             values[key] = self._build(value_node, here, above)
         return values
+
+
+@dataclass(frozen=True)
+class Part:
+    """One key's value of an assembled recipe.
+
+    Attributes:
+        value: Plain data.
+        source: Where it was written.
+        path: The place there.
+    """
+
+    value: Any
+    source: RecipeSource
+    path: KeyPath
+
+
+class AssembledSource(RecipeSource):
+    """A recipe put together from keys of other files; errors name the place that each came from.
+
+    Args:
+        parts: By top-level key.
+        home: The file and place that ask for this recipe: for whatever no key is to blame for.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], home: tuple[RecipeSource, KeyPath]) -> None:
+        super().__init__({key: part.value for key, part in parts.items()})
+        self.file = home[0].file
+        self._parts, self._home = parts, home
+
+    def error(self, path: KeyPath, message: str) -> RecipeError:
+        """Returns an error at a key, placed where that key was written."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self._flags:
+                return super().error(path, message)
+        part = self._parts.get(str(path[0])) if path else None
+        if part is not None:
+            return part.source.error((*part.path, *path[1:]), message)
+        source, place = self._home
+        return source.error((*place, *path), message)
 
 
 def _scalar(node: ScalarNode, file: Path | None) -> Any:

@@ -1,8 +1,8 @@
 """Sweeps: tokens go through a model whose layers are read one at a time."""
 
 from .backward import IGNORED, BackwardSweep, BackwardVisit
-from .boundaries import BoundaryStore
-from .forward import ForwardSweep, LayerVisit, stream_logits
+from .boundaries import BoundaryStore, KeptBatches
+from .forward import ForwardSweep, LayerVisit, embed_batches, stream_logits
 from .stream import LayerCall, StreamedModel
 
 __all__ = [
@@ -11,8 +11,10 @@ __all__ = [
     "BackwardVisit",
     "BoundaryStore",
     "ForwardSweep",
+    "KeptBatches",
     "LayerCall",
     "LayerVisit",
     "StreamedModel",
+    "embed_batches",
     "stream_logits",
 ]

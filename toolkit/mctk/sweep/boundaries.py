@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +61,10 @@ class BoundaryStore:
         with safe_open(str(self._path(layer)), framework="pt", backend="pread") as file:
             return file.get_tensor(f"batch.{b}")
 
+    def drop(self, layer: int) -> None:
+        """Forgets what enters a layer."""
+        self._path(layer).unlink(missing_ok=True)
+
     def complete(self, layer: int) -> bool:
         """Whether everything is there that is to be kept of the boundaries below a layer."""
         return all(self.has(i) for i in range(layer) if self.keeps(i))
@@ -91,3 +97,24 @@ class BoundaryStore:
 
     def _path(self, layer: int) -> Path:
         return self.directory / f"layer.{layer}.safetensors"
+
+
+class KeptBatches(Sequence[torch.Tensor]):
+    """What enters a layer, [B, T, H] a batch, each read from disk when it is asked for.
+
+    Args:
+        store: Where it is kept.
+        layer: The layer.
+        count: How many batches there are.
+    """
+
+    def __init__(self, store: BoundaryStore, layer: int, count: int) -> None:
+        self.store, self.layer, self.number = store, layer, count
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.number:
+            raise IndexError(index)
+        return self.store.batch(self.layer, index)
