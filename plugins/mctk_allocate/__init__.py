@@ -1,13 +1,14 @@
-"""Sharing a budget over layers and banks: `uniform` and `by_loss`. See docs/methods/allocate.md."""
+"""Sharing a budget over layers and banks. See docs/methods/allocate.md."""
 
 from __future__ import annotations
 
 from mctk.hookspecs import Method, hookimpl
 
-from mctk_allocate.methods import ByLoss, Uniform
+from mctk_allocate.methods import ByLoss, ByScore, Uniform
+from mctk_allocate.truncation import TruncationLoss
 
 
 @hookimpl
 def methods() -> list[Method]:
     """Returns the methods of this plugin."""
-    return [Uniform(), ByLoss()]
+    return [Uniform(), ByLoss(), ByScore(), TruncationLoss()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 Costs = Sequence[Sequence[int]]
@@ -283,3 +284,38 @@ def _refine(
         k, path = path
         choice.append(k)
     return choice[::-1]
+
+
+def by_score(costs: Costs, scores: Errors, budget: int) -> list[int]:
+    """Takes steps in the order of what they take off the score, for all items alike.
+
+    Every item starts at its smallest setting. The next step is the one that lowers its item's score
+    most (of equals that of the first item), whatever it costs, until no step fits. Where scores
+    fall by less and less and all steps cost the same that is one threshold on a step's worth.
+
+    Args:
+        costs: Stored size of every setting of every item.
+        scores: What each setting leaves out, falling, in one unit for all items.
+        budget: What all items may store together.
+
+    Returns:
+        One setting per item.
+
+    Raises:
+        Infeasible: The smallest settings exceed the budget.
+    """
+    choice = [0] * len(costs)
+    check_feasible(costs, budget, choice)
+    room = budget - total_cost(costs, choice)
+    steps = [(scores[i][1] - scores[i][0], i) for i in range(len(costs)) if len(costs[i]) > 1]
+    heapify(steps)
+    while steps:
+        _, i = heappop(steps)
+        k = choice[i]
+        step = costs[i][k + 1] - costs[i][k]
+        if step > room:
+            continue  # nor does this item go any further
+        choice[i], room = k + 1, room - step
+        if k + 2 < len(costs[i]):
+            heappush(steps, (scores[i][k + 2] - scores[i][k + 1], i))
+    return choice

@@ -29,8 +29,8 @@ class Uniform(Method):
         try:
             choice = math.uniform(costs, budget)
         except math.Infeasible as error:
-            raise _too_small(budget, error) from None
-        return _by_item(curves, choice)
+            raise too_small(budget, error) from None
+        return by_item(curves, choice)
 
 
 class ByLossOptions(MethodOptions):
@@ -70,15 +70,51 @@ class ByLoss(Method):
         try:
             choice = math.by_loss(costs, errors, budget, math.floors(costs, options.min_keep))
         except math.Infeasible as error:
-            raise _too_small(budget, error, options.min_keep) from None
-        return _by_item(curves, choice)
+            raise too_small(budget, error, options.min_keep) from None
+        return by_item(curves, choice)
 
 
-def _by_item(curves: list[SizeCurve], choice: list[int]) -> dict[tuple[int, int, str], int]:
+class ByScore(Method):
+    """One threshold for all layers, on what each more of a setting is worth to its method.
+
+    M-SMoE (arXiv 2310.01334) chooses its dominant experts so: those whose share of the routed
+    tokens is above one number, in whatever layer they are.
+    """
+
+    stage = "allocate"
+    name = "by_score"
+    summary = "One threshold over all layers on the scores of one method, such as merge/m_smoe."
+    reference = "arXiv 2310.01334"
+    needs_curves = True
+    units = "score"
+
+    def allocate(
+        self, curves: list[SizeCurve], budget: int, options: Any
+    ) -> dict[tuple[int, int, str], int]:
+        """Takes the steps that lower a score most; a recipe is refused if it mixes methods."""
+        scores = []
+        for curve in curves:
+            if curve.error is None:
+                _, layer, bank = curve.item
+                raise UserError(
+                    f"allocate/by_score needs a score per size, and the method for {bank} in layer "
+                    f"{layer} gives none: use allocate/uniform"
+                )
+            scores.append(curve.error)
+        try:
+            choice = math.by_score([curve.cost for curve in curves], scores, budget)
+        except math.Infeasible as error:
+            raise too_small(budget, error) from None
+        return by_item(curves, choice)
+
+
+def by_item(curves: list[SizeCurve], choice: list[int]) -> dict[tuple[int, int, str], int]:
+    """What `allocate` returns, of a list of settings' indices."""
     return {curve.item: k for curve, k in zip(curves, choice, strict=True)}
 
 
-def _too_small(budget: int, error: math.Infeasible, min_keep: float = 0.0) -> UserError:
+def too_small(budget: int, error: math.Infeasible, min_keep: float = 0.0) -> UserError:
+    """The error that says what can be had."""
     because = f" with min_keep {min_keep:g}" if min_keep else ""
     return UserError(
         f"the budget leaves {budget:,} for the steps of size auto, but their smallest sizes"

@@ -3,8 +3,8 @@
 Three steps, each a method that stands alone:
 
 - merge (`merging.py`): every expert matrix becomes a base, shared by its cluster, plus a residual.
-  The bases themselves are in `base.py`, clusters in `clusters.py`, the order of the experts'
-  neurons in `align.py`, the number of bases in `auto.py`.
+  The bases themselves are in `base.py`, clusters in `clusters.py`, the number of bases in
+  `auto.py`.
 - decompose (`delta.py`): the residuals become low-rank factors, some of them shared.
 - prune (`prune.py`): the bases lose intermediate channels, for good or at run time.
 """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
+from mctk.linalg import agglomerate
 from torch import Tensor
 
 # Elements of one block of rows in float64, so that no copy of a whole bank is made.
@@ -47,14 +46,4 @@ def clusters(distances: Tensor, count: int) -> list[list[int]]:
         distances: Squared distances ``[E, E]``.
         count: From 1 to E.
     """
-    experts = distances.shape[0]
-    if count == 1:
-        return [list(range(experts))]
-    if count == experts:
-        return [[e] for e in range(experts)]
-    condensed = squareform(distances.sqrt().cpu().numpy(), checks=False)
-    labels = cut_tree(linkage(condensed, method="average"), n_clusters=count)[:, 0].tolist()
-    groups: dict[int, list[int]] = {}
-    for e, label in enumerate(labels):
-        groups.setdefault(label, []).append(e)
-    return list(groups.values())
+    return agglomerate(distances.sqrt(), count)

@@ -85,9 +85,8 @@ class FisherMerge(Merge):
         self, bank: Bank, statistics: Any, options: FisherOptions, order: Tensor | None
     ) -> dict[str, Any]:
         """Fisher information in the neurons' order, and frequencies."""
+        from mctk.linalg import reorder
         from mctk.statistics import ExpertFrequency, Fisher
-
-        from mctk_d2moe.align import reorder
 
         fisher = statistics[Fisher(bank.name, labels=options.labels)]
         scale = statistics[ExpertFrequency()] if options.frequency else None

@@ -73,7 +73,7 @@ class Plan:
     Attributes:
         groups: The clusters' members; a cluster's number is its base's slot.
         anchors: For each cluster its most frequent expert (the first without frequencies).
-        order: ``[E, I]``, see `align.orders`; None where neurons stay.
+        order: ``[E, I]``, see `mctk.linalg.orders`; None where neurons stay.
     """
 
     groups: list[list[int]]
@@ -155,8 +155,7 @@ class Merge(Method):
     ) -> Terms:
         """Splits every bank into bases and residuals."""
         import torch
-
-        from mctk_d2moe.align import reorder
+        from mctk.linalg import reorder
 
         _check(layer, options)
         plan = self._plan(layer, statistics, size, options)
@@ -199,7 +198,8 @@ class Merge(Method):
         options: MergeOptions,
     ) -> Plan:
         """Returns the clusters at a given number of bases, and the order of neurons in each."""
-        from mctk_d2moe.align import orders
+        from mctk.linalg import orders
+
         from mctk_d2moe.clusters import clusters
 
         experts = next(iter(layer.values())).shape.members
@@ -214,9 +214,9 @@ class Merge(Method):
 
         With `align`, after all experts were brought to the order of the layer's most frequent one.
         """
+        from mctk.linalg import reorder
         from mctk.statistics import SecondMoment
 
-        from mctk_d2moe.align import reorder
         from mctk_d2moe.clusters import differences
 
         one = self._arrange(layer, statistics, None, 1, options)
@@ -271,9 +271,10 @@ class Merge(Method):
         options: MergeOptions,
     ) -> float:
         """Returns the expected error of residuals cut at the banks' ranks, as far as it is seen."""
+        from mctk.linalg import reorder
         from mctk.statistics import SecondMoment
 
-        from mctk_d2moe.align import reorder, reorder_moment
+        from mctk_d2moe.align import reorder_moment
         from mctk_d2moe.auto import residual_error
 
         total = 0.0

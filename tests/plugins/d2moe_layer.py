@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from mctk.statistics import (
     ChannelEnergy,
@@ -65,14 +67,13 @@ def with_weights(layer, change):
 def after(layer, terms):
     """The layer with the banks that a step returned."""
     return {
-        name: Bank(name, bank.layer, bank.shape, list(terms.get(name, bank.terms)))
-        for name, bank in layer.items()
+        name: replace(bank, terms=list(terms.get(name, bank.terms))) for name, bank in layer.items()
     }
 
 
 def on_meta(layer):
     return {
-        name: Bank(name, bank.layer, bank.shape, [t.to(device="meta") for t in bank.terms])
+        name: replace(bank, terms=[t.to(device="meta") for t in bank.terms])
         for name, bank in layer.items()
     }
 

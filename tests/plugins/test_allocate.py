@@ -11,7 +11,7 @@ from mctk.errors import UserError
 from mctk.hookspecs import Method
 from mctk.terms import SizeCurve
 from mctk_allocate import math, methods
-from mctk_allocate.methods import ByLoss, ByLossOptions, Uniform
+from mctk_allocate.methods import ByLoss, ByLossOptions, ByScore, Uniform
 from pydantic import ValidationError
 
 
@@ -125,6 +125,47 @@ def test_by_loss_knows_that_a_curve_can_end_in_a_cliff():
     assert sorted(math.by_loss(costs, errors, 50)) == [0, 3]
 
 
+def test_by_score_is_one_threshold_where_steps_cost_the_same():
+    # What each step takes off: .4 .2 .1, .35 .3 .05; the first expert of each layer is given.
+    scores = [[0.7, 0.3, 0.1, 0.0], [0.7, 0.35, 0.05, 0.0]]
+    costs = [[5, 10, 15, 20]] * 2
+    assert math.by_score(costs, scores, 10) == [0, 0]
+    assert math.by_score(costs, scores, 15) == [1, 0]
+    assert math.by_score(costs, scores, 20) == [1, 1]
+    assert math.by_score(costs, scores, 27) == [1, 2]
+    assert math.by_score(costs, scores, 30) == [2, 2]
+    assert math.by_score(costs, scores, 35) == [3, 2]
+    assert math.by_score(costs, scores, 99) == [3, 3]
+    with pytest.raises(math.Infeasible):
+        math.by_score(costs, scores, 9)
+
+
+@given(problems(max_items=6))
+@settings(deadline=None)
+def test_by_score_spends_what_fits(problem):
+    costs, scores, budget = problem
+    choice = math.by_score(costs, scores, budget)
+    spent = math.total_cost(costs, choice)
+    assert spent <= budget
+    left = [costs[i][k + 1] - costs[i][k] for i, k in enumerate(choice) if k + 1 < len(costs[i])]
+    assert all(step > budget - spent for step in left)
+
+
+@given(st.lists(st.lists(st.floats(0.01, 1), min_size=4, max_size=4), min_size=1, max_size=6),
+       st.integers(0, 24))  # fmt: skip
+@settings(deadline=None)
+def test_by_score_reproduces_a_threshold_on_shares(weights, extra):
+    """M-SMoE's rule: so many experts in all, those of the largest share, each layer's first in."""
+    shares = [sorted((w / sum(row) for w in row), reverse=True) for row in weights]
+    scores = [[sum(row[n:]) for n in range(1, 5)] for row in shares]
+    wanted = min(4 * len(shares), len(shares) + extra)
+    choice = math.by_score([[1, 2, 3, 4]] * len(shares), scores, wanted)
+    assert sum(choice) + len(shares) == wanted
+    inside = [s for row, k in zip(shares, choice, strict=True) for s in row[1 : k + 1]]
+    outside = [s for row, k in zip(shares, choice, strict=True) for s in row[k + 1 :]]
+    assert min(inside, default=1) >= max(outside, default=0) - 1e-9
+
+
 def test_hull_leaves_out_what_no_price_would_buy():
     assert math.hull([1, 2, 3, 4], [9.0, 8.5, 1.0, 1.0]) == [0, 2]
     assert math.hull([1, 2, 3], [4.0, 2.0, 1.0]) == [0, 1, 2]
@@ -159,6 +200,7 @@ def test_methods_return_an_index_for_every_item():
         (0, 1, "a"): 1,
     }
     assert ByLoss().allocate(curves(), 30, ByLossOptions()) == {(0, 0, "a"): 1, (0, 1, "a"): 0}
+    assert ByScore().allocate(curves(), 30, ByScore.Options()) == {(0, 0, "a"): 1, (0, 1, "a"): 0}
     assert ByLoss().allocate(curves(), 40, ByLossOptions()) == {(0, 0, "a"): 1, (0, 1, "a"): 1}
 
 
@@ -173,6 +215,10 @@ def test_the_option_changes_the_outcome():
 def test_errors_name_the_remedy():
     with pytest.raises(UserError, match=r"layer 0 gives none: use allocate/uniform"):
         ByLoss().allocate(curves(False), 30, ByLossOptions())
+    with pytest.raises(UserError, match=r"by_score needs a score .* layer 0 gives none"):
+        ByScore().allocate(curves(False), 30, ByScore.Options())
+    with pytest.raises(UserError, match=r"leaves 19 .* need 20"):
+        ByScore().allocate(curves(), 19, ByScore.Options())
     with pytest.raises(UserError, match=r"leaves 19 .* need 20"):
         Uniform().allocate(curves(False), 19, Uniform.Options())
     with pytest.raises(UserError, match=r"min_keep 0.5 need 40"):
@@ -180,8 +226,6 @@ def test_errors_name_the_remedy():
 
 
 def test_plugin_lists_its_methods():
-    assert [(m.stage, m.name) for m in methods()] == [
-        ("allocate", "uniform"),
-        ("allocate", "by_loss"),
-    ]
+    found = [(m.stage, m.name) for m in methods()]
+    assert {("allocate", name) for name in ("uniform", "by_loss", "by_score")} <= set(found)
     assert all(isinstance(m, Method) for m in methods())

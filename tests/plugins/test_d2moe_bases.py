@@ -18,9 +18,10 @@ from d2moe_layer import (
     with_weights,
 )
 from mctk.errors import UserError
+from mctk.linalg import reorder
 from mctk.statistics import ExpertFrequency, Fisher, LayerStatistics, SecondMoment
 from mctk.terms import Bank, BankShape, Bias
-from mctk_d2moe import align, auto, clusters
+from mctk_d2moe import auto, clusters
 from mctk_d2moe.merges import Mean
 
 SHARES = (0.1, 0.2, 0.3, 0.4)
@@ -86,7 +87,7 @@ def shuffled(layer, seed=3):
     order = torch.stack(
         [torch.randperm(up.out_features, generator=generator) for _ in range(up.members)]
     )
-    return with_weights(layer, lambda name, w: align.reorder(w, name.split(".")[1], order)), order
+    return with_weights(layer, lambda name, w: reorder(w, name.split(".")[1], order)), order
 
 
 def test_alignment_recovers_a_planted_order():
@@ -118,7 +119,7 @@ def test_alignment_moves_fisher_and_moments_along():
     values = dict(other.items())
     for need in one:
         if isinstance(need, Fisher):
-            values[need] = align.reorder(one[need], need.bank.split(".")[1], order)
+            values[need] = reorder(one[need], need.bank.split(".")[1], order)
     other = LayerStatistics(3, values, set(layer))
     anchor = int(one[ExpertFrequency()].argmax())
     for name in ("fisher", "regmean"):

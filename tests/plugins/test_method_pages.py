@@ -32,7 +32,8 @@ def page_of(method, plugin):
         name for name in (method.name, method.stage, plugin) if (PAGES / f"{name}.md").exists()
     ]
     assert found, f"{method.stage}/{method.name}: docs/methods/ has no page for it"
-    return found[0]
+    # Plugins share stages: the page of a stage need not be of this method's plugin.
+    return next((name for name in found if sections_about(name, method)), found[0])
 
 
 def sections_about(page, method):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from mctk import decompose
-from mctk.decompose import MomentOptions, moment_need, moment_side
+from mctk.decompose import moment_need, moment_side
 from mctk.errors import UserError
 from mctk.linalg import metric_svd
 from mctk.statistics import LayerStatistics, Moment, SecondMoment
 from mctk.terms import DENSE, Bank, BankShape, Dense, LowRank
-from mctk_svdllm.methods import SvdLlm
+from mctk_svdllm.methods import SvdLlm, SvdLlmOptions
 from pydantic import ValidationError
 
 WIDE, TALL = (8, 20), (20, 8)  # the output side and the input side
@@ -70,7 +70,7 @@ def test_side_is_the_smaller_one_or_the_shared_one():
     assert moment_side(BankShape(128, 768, 2048)) == "output"  # Qwen3-30B gate
     assert moment_side(BankShape(64, 1024, 2048)) == "input"  # OLMoE gate
     shape = BankShape(8, 4096, 14336)
-    assert SvdLlm().needs(shape, "experts.down", MomentOptions()) == [
+    assert SvdLlm().needs(shape, "experts.down", SvdLlmOptions()) == [
         SecondMoment("experts.down", "output", of="current")
     ]
     # What enters gate is the same whatever was done to the experts; what enters down is not.
@@ -83,7 +83,7 @@ def test_side_is_the_smaller_one_or_the_shared_one():
 @pytest.mark.parametrize("storage", ["plain", "pivoted"])
 def test_output_error_is_the_least_there_is(size, storage):
     bank, inputs = make_bank(size), make_inputs(size, [60, 80, 100])
-    options = MomentOptions(storage=storage)
+    options = SvdLlmOptions(storage=storage)
     for rank in (1, 4, 7):
         terms = SvdLlm().decompose(bank, measure(bank, inputs), rank, options)
         assert isinstance(terms[0], LowRank)
@@ -95,7 +95,7 @@ def test_output_error_is_the_least_there_is(size, storage):
 def test_curve_is_the_measured_error(size):
     bank, inputs = make_bank(size), make_inputs(size, [60, 80, 100])
     statistics = measure(bank, inputs)
-    options = MomentOptions(rank_multiple=1)
+    options = SvdLlmOptions(rank_multiple=1)
     settings, _ = SvdLlm().sizes({bank.name: bank}, options)
     curve = SvdLlm().curve({bank.name: bank}, statistics, options)
     assert len(curve) == len(settings)
@@ -110,7 +110,7 @@ def test_curve_is_the_measured_error(size):
 def test_full_rank_is_the_identity(size):
     bank, inputs = make_bank(size), make_inputs(size, [60, 80, 100])
     for storage in ("plain", "pivoted"):
-        options = MomentOptions(storage=storage)
+        options = SvdLlmOptions(storage=storage)
         (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 8, options)
         for member in range(3):
             error = term.materialise(member)[0] - bank.materialise(member)[0]
@@ -132,9 +132,9 @@ def test_identity_moment_is_plain_svd():
 def test_rotating_or_scaling_the_tokens_changes_nothing(size):
     bank, inputs = make_bank(size), make_inputs(size, [40, 40, 40])
     rotation = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(3))).Q
-    (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 4, MomentOptions())
+    (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 4, SvdLlmOptions())
     for other in ([rotation @ x for x in inputs], [1000 * x for x in inputs]):
-        (same,) = SvdLlm().decompose(bank, measure(bank, other), 4, MomentOptions())
+        (same,) = SvdLlm().decompose(bank, measure(bank, other), 4, SvdLlmOptions())
         for member in range(3):
             new, old = same.materialise(member)[0], term.materialise(member)[0]
             assert (new - old).norm() < 1e-3 * old.norm()
@@ -144,14 +144,14 @@ def test_rotating_or_scaling_the_tokens_changes_nothing(size):
 @pytest.mark.parametrize("policy", ["pooled", "keep"])
 def test_few_tokens_give_a_defined_result(size, policy):
     bank, inputs = make_bank(size), make_inputs(size, [0, 3, 100])
-    options = MomentOptions(few_tokens=policy)
+    options = SvdLlmOptions(few_tokens=policy)
     statistics = measure(bank, inputs)
     for storage in ("plain", "pivoted"):
-        options = MomentOptions(few_tokens=policy, storage=storage)
+        options = SvdLlmOptions(few_tokens=policy, storage=storage)
         (term,) = SvdLlm().decompose(bank, statistics, 5, options)
         assert all(t.isfinite().all() for t in term.tensors().values())
     curve = SvdLlm().curve(
-        {bank.name: bank}, statistics, MomentOptions(few_tokens=policy, rank_multiple=1)
+        {bank.name: bank}, statistics, SvdLlmOptions(few_tokens=policy, rank_multiple=1)
     )
     assert curve == sorted(curve, reverse=True)
 
@@ -160,12 +160,12 @@ def test_without_tokens_pooled_is_the_layers_metric_and_keep_is_plain_svd():
     bank, inputs = make_bank(TALL), make_inputs(TALL, [0, 50, 100])
     weight = bank.materialise(0)[0]
     statistics = measure(bank, inputs)
-    (pooled,) = SvdLlm().decompose(bank, statistics, 4, MomentOptions())
+    (pooled,) = SvdLlm().decompose(bank, statistics, 4, SvdLlmOptions())
     layer = torch.cat(inputs)
     assert output_error(bank, [pooled], [layer], [0]) == pytest.approx(
         least_error(weight, layer, 4), rel=1e-4
     )
-    (kept,) = SvdLlm().decompose(bank, statistics, 4, MomentOptions(few_tokens="keep"))
+    (kept,) = SvdLlm().decompose(bank, statistics, 4, SvdLlmOptions(few_tokens="keep"))
     u, s, v = torch.linalg.svd(weight)
     assert torch.allclose(kept.materialise(0)[0], u[:, :4] * s[:4] @ v[:4], atol=1e-5)
 
@@ -174,7 +174,7 @@ def test_without_tokens_the_output_side_falls_back_to_plain_svd():
     bank, inputs = make_bank(WIDE), make_inputs(WIDE, [0, 50, 100])
     u, s, v = torch.linalg.svd(bank.materialise(0)[0], full_matrices=False)
     for policy in ("pooled", "keep"):
-        options = MomentOptions(few_tokens=policy)
+        options = SvdLlmOptions(few_tokens=policy)
         (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 4, options)
         assert torch.allclose(term.materialise(0)[0], u[:, :4] * s[:4] @ v[:4], atol=1e-5)
 
@@ -195,7 +195,7 @@ def test_every_option_changes_something():
     statistics = measure(bank, inputs)
 
     def first(**options):
-        (term,) = SvdLlm().decompose(bank, statistics, 4, MomentOptions(**options))
+        (term,) = SvdLlm().decompose(bank, statistics, 4, SvdLlmOptions(**options))
         return term.materialise(0)[0]
 
     assert not torch.allclose(first(), first(few_tokens="keep"), atol=1e-3)
@@ -205,28 +205,28 @@ def test_every_option_changes_something():
 
 def test_error_policy_names_layer_bank_experts_and_tokens():
     bank, inputs = make_bank(TALL), make_inputs(TALL, [0, 50, 5])
-    options = MomentOptions(few_tokens="error")
+    options = SvdLlmOptions(few_tokens="error")
     with pytest.raises(UserError, match=r"experts.down of layer 2: .* than 8 tokens: 0 \(0\), 2"):
         SvdLlm().decompose(bank, measure(bank, inputs), 4, options)
     with pytest.raises(UserError, match="than 6 tokens"):
-        options = MomentOptions(few_tokens="error", min_tokens=6)
+        options = SvdLlmOptions(few_tokens="error", min_tokens=6)
         SvdLlm().curve({bank.name: bank}, measure(bank, inputs), options)
-    options = MomentOptions(few_tokens="error")
+    options = SvdLlmOptions(few_tokens="error")
     SvdLlm().decompose(bank, measure(bank, make_inputs(TALL, [8, 8, 8])), 4, options)
 
 
 def test_no_token_at_all_is_an_error():
     bank = make_bank(TALL)
     with pytest.raises(UserError, match="no calibration token reached it"):
-        SvdLlm().decompose(bank, measure(bank, make_inputs(TALL, [0, 0, 0])), 4, MomentOptions())
+        SvdLlm().decompose(bank, measure(bank, make_inputs(TALL, [0, 0, 0])), 4, SvdLlmOptions())
 
 
 def test_bad_numbers_name_their_place():
     bank, inputs = make_bank(TALL), make_inputs(TALL, [50, 50, 50])
     inputs[1][3, 3] = float("nan")
     for call in (
-        lambda: SvdLlm().decompose(bank, measure(bank, inputs), 4, MomentOptions()),
-        lambda: SvdLlm().curve({bank.name: bank}, measure(bank, inputs), MomentOptions()),
+        lambda: SvdLlm().decompose(bank, measure(bank, inputs), 4, SvdLlmOptions()),
+        lambda: SvdLlm().curve({bank.name: bank}, measure(bank, inputs), SvdLlmOptions()),
     ):
         with pytest.raises(UserError, match=r"experts.down of layer 2, matrix .: .* NaN"):
             call()
@@ -234,7 +234,7 @@ def test_bad_numbers_name_their_place():
 
 def test_merged_members_share_their_tokens():
     bank, inputs = make_bank(TALL, slots=[0, 1, 0]), make_inputs(TALL, [60, 80, 100])
-    (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 4, MomentOptions())
+    (term,) = SvdLlm().decompose(bank, measure(bank, inputs), 4, SvdLlmOptions())
     assert list(term.u_slots) == [0, 1, 0]
     both = torch.cat([inputs[0], inputs[2]])
     least = least_error(bank.materialise(0)[0], both, 4)
@@ -250,7 +250,7 @@ def test_a_residual_is_decomposed_for_its_own_outputs(size):
     left = Bank(bank.name, 2, bank.shape, [residual])
     shared = Dense(bank.shape, [0, 0, 0], base)
     merged = Bank(bank.name, 2, bank.shape, [shared, residual])
-    terms = SvdLlm().decompose(merged, measure(left, inputs), 4, MomentOptions())
+    terms = SvdLlm().decompose(merged, measure(left, inputs), 4, SvdLlmOptions())
     assert terms[0] is shared
     least = sum(least_error(residual.weight[e], inputs[e], 4) for e in range(3))
     assert output_error(bank, terms, inputs) == pytest.approx(least, rel=1e-4)
@@ -259,9 +259,9 @@ def test_a_residual_is_decomposed_for_its_own_outputs(size):
 def test_dense_needs_no_statistics_and_options_are_checked():
     bank = make_bank(TALL)
     nothing = LayerStatistics(2, {}, {bank.name})
-    assert SvdLlm().decompose(bank, nothing, DENSE, MomentOptions()) == bank.terms
+    assert SvdLlm().decompose(bank, nothing, DENSE, SvdLlmOptions()) == bank.terms
     with pytest.raises(KeyError, match="needs"):
-        SvdLlm().decompose(bank, nothing, 4, MomentOptions())
+        SvdLlm().decompose(bank, nothing, 4, SvdLlmOptions())
     for wrong in ({"few_tokens": "drop"}, {"min_tokens": 0}, {"ridge": 1e-3}):
         with pytest.raises(ValidationError):
-            MomentOptions(**wrong)
+            SvdLlmOptions(**wrong)

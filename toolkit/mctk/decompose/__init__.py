@@ -2,6 +2,7 @@
 
 from .lowrank import (
     LowRankOptions,
+    Truncatable,
     layout,
     matrices,
     members_of_slots,
@@ -13,17 +14,21 @@ from .lowrank import (
 )
 from .moments import (
     MomentOptions,
+    check_tokens,
     decompositions,
     moment_need,
     moment_side,
     pooled_inputs,
     pooled_outputs,
     seen,
+    slot_moments,
 )
 
 __all__ = [
     "LowRankOptions",
     "MomentOptions",
+    "Truncatable",
+    "check_tokens",
     "decompositions",
     "layout",
     "matrices",
@@ -37,5 +42,6 @@ __all__ = [
     "replace",
     "seen",
     "sizes",
+    "slot_moments",
     "tail_errors",
 ]

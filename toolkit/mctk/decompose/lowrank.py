@@ -1,14 +1,14 @@
 """What methods that decompose a bank into low-rank factors share: options, sizes, the new terms.
 
-Such a method computes one truncatable decomposition per stored matrix (`mctk.linalg.MetricSVD`);
-the rest is here. Torch is imported inside the functions: a recipe is read without it.
+Such a method computes one truncatable decomposition per stored matrix; the rest is here. Torch is
+imported inside the functions: a recipe is read without it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -18,11 +18,24 @@ from mctk.hookspecs import MethodOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mctk.linalg import MetricSVD
     from mctk.terms import Bank, BankShape, Dense, Term
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class Truncatable(Protocol):
+    """The decomposition of a matrix ``[out, in]`` from which factors of any rank are taken.
+
+    `mctk.linalg.MetricSVD` is one.
+    """
+
+    @property
+    def spectrum(self) -> Tensor:
+        """What keeping each direction adds, descending: what dropping it costs."""
+
+    def factors(self, rank: int, balance: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns ``U [out, rank]`` and ``V [rank, in]``."""
 
 
 class LowRankOptions(MethodOptions):
@@ -218,7 +231,11 @@ def name_errors(bank: Bank, parts: Iterable[T]) -> Iterator[T]:
 
 
 def replace(
-    bank: Bank, dense: Dense, parts: Iterable[MetricSVD], size: int | None, options: LowRankOptions
+    bank: Bank,
+    dense: Dense,
+    parts: Iterable[Truncatable],
+    size: int | None,
+    options: LowRankOptions,
 ) -> list[Term]:
     """Returns the bank's terms with one of them truncated to rank `size`.
 

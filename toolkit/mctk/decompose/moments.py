@@ -80,11 +80,33 @@ def decompositions(
     from mctk.linalg import metric_svd
 
     need = moment_need(bank.name, bank.shape)
-    moment: Moment = statistics[need]
+    values = slot_moments(bank, dense, statistics[need], need.side, options)
+    for weight, (value, fraction) in zip(dense.weight, values, strict=True):
+        if need.side == "input":
+            yield metric_svd(weight, input_moment=value), fraction
+        else:
+            yield metric_svd(weight, output_moment=value), fraction
+
+
+def slot_moments(
+    bank: Bank, dense: Dense, moment: Moment, side: str, options: MomentOptions
+) -> Iterator[tuple[Tensor, float]]:
+    """Yields for each slot its moment [n, n] and how much of it real tokens gave.
+
+    Args:
+        bank: The bank.
+        dense: Its term to decompose.
+        moment: One of its second moments.
+        side: Of its inputs or its outputs.
+        options: What to do with members that saw few tokens.
+
+    Raises:
+        UserError: See `decompositions`.
+    """
     groups = members_of_slots(dense)
     least = options.min_tokens or moment.value.shape[-1]
     counts = [int(moment.count[group].sum()) for group in groups]
-    _check_tokens(bank, groups, counts, least, options.few_tokens)
+    check_tokens(bank, groups, counts, least, options.few_tokens)
 
     mean_energy = float(moment.value.diagonal(dim1=1, dim2=2).sum()) / int(moment.count.sum())
     mean = moment.pooled().to(dense.device)
@@ -94,14 +116,11 @@ def decompositions(
         fraction = float(count > 0)
         if options.few_tokens == "pooled":
             fraction = seen(count, least)
-            if need.side == "input":
+            if side == "input":
                 value = pooled_inputs(value, count, least, mean)
             else:
                 value = pooled_outputs(value, count, least, weight, mean_energy)
-        if need.side == "input":
-            yield metric_svd(weight, input_moment=value), fraction
-        else:
-            yield metric_svd(weight, output_moment=value), fraction
+        yield value, fraction
 
 
 def pooled_inputs(moment: Tensor, count: int, least: int, pooled: Tensor) -> Tensor:
@@ -146,10 +165,22 @@ def seen(count: int, least: int) -> float:
     return count / max(count, least, 1)
 
 
-def _check_tokens(
+def check_tokens(
     bank: Bank, groups: list[list[int]], counts: list[int], least: int, policy: str
 ) -> None:
-    """Raises for experts that saw too little where the policy forbids it, or no token at all."""
+    """Checks how many tokens gave a statistic.
+
+    Args:
+        bank: The bank.
+        groups: For each slot the members that use it.
+        counts: For each slot how many tokens reached those.
+        least: How many are enough.
+        policy: "error" to refuse fewer.
+
+    Raises:
+        UserError: A member saw fewer than are enough and the policy forbids it, or no token
+            reached the bank at all.
+    """
     place = f"{bank.name} of layer {bank.layer}"
     if not sum(counts):
         raise UserError(f"{place}: no calibration token reached it")

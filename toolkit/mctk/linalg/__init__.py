@@ -1,6 +1,19 @@
-"""Linear algebra on tensors: truncated SVD in the metric of a second moment."""
+"""On tensors alone: truncated SVD in the metric of a second moment, orders and clusters."""
 
-from mctk.linalg.metric_svd import MetricSVD, loss, metric_svd
+from mctk.linalg.agglomerate import agglomerate
+from mctk.linalg.metric_svd import MetricSVD, loss, metric_svd, update_left
+from mctk.linalg.neurons import match, orders, reorder
 from mctk.linalg.root import Root, square_root
 
-__all__ = ["MetricSVD", "Root", "loss", "metric_svd", "square_root"]
+__all__ = [
+    "MetricSVD",
+    "Root",
+    "agglomerate",
+    "loss",
+    "match",
+    "metric_svd",
+    "orders",
+    "reorder",
+    "square_root",
+    "update_left",
+]

@@ -23,6 +23,9 @@ from mctk.linalg.root import Root, square_root
 
 # Eigenvalues of V C Vᵀ, scaled to a unit diagonal, below which a direction carries nothing.
 _REFIT_CUT = 1e-12
+# The same where C is another moment, of which V's directions may see nothing but rounding errors:
+# moments are summed in float32.
+_UPDATE_CUT = 1e-6
 
 
 class MetricSVD:
@@ -109,11 +112,66 @@ class MetricSVD:
         if self.metric == "output":
             raise ValueError("refit needs the input moment; only the output moment was given")
         weighted = right if self._moment is None else right @ self._moment
-        gram = weighted @ right.t()
-        size = gram.diagonal().clamp(min=0).sqrt()
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        inverse = torch.linalg.pinv(gram / size / size[:, None], rtol=_REFIT_CUT, hermitian=True)
-        return (self._weight.double() @ (weighted / size[:, None]).t()) @ inverse / size
+        return _divide(self._weight.double() @ weighted.t(), weighted @ right.t(), _REFIT_CUT)
+
+
+def _divide(products: Tensor, gram: Tensor, cut: float) -> Tensor:
+    """Returns ``products [m, r]`` times the pseudo-inverse of a Gram matrix ``[r, r]``."""
+    size = gram.diagonal().clamp(min=0).sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    inverse = torch.linalg.pinv(gram / size / size[:, None], rtol=cut, hermitian=True)
+    return (products / size) @ inverse / size
+
+
+@torch.no_grad()
+def update_left(
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    input_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+) -> Tensor:
+    """Fits U anew for given V in the metric of another moment C': the closed-form update.
+
+    ``U ← U + (W - U V) C' Vᵀ (V C' Vᵀ)⁺``, which is ``W C' Vᵀ (V C' Vᵀ)⁻¹`` where C' sees every
+    direction of V; in directions that it does not see U stays. Where U was optimal for V in the
+    metric of C' already, nothing changes.
+
+    Args:
+        weight: ``W [m, n]``.
+        left: ``U [m, r]``. With an output moment, as `MetricSVD.factors` gives it on the output
+            side: its columns are orthogonal and V is ``U⁺ W``.
+        right: ``V [r, n]``.
+        input_moment: ``C' [n, n]``.
+        output_moment: ``W C' Wᵀ [m, m]``.
+
+    Returns:
+        ``U [m, r]``, in U's dtype; unchanged if the moment is all zeros.
+
+    Raises:
+        ValueError: A moment has a wrong shape or holds NaN or infinity, or there is not one.
+    """
+    if (input_moment is None) == (output_moment is None):
+        raise ValueError("give either the input moment or the output moment")
+    outputs, own = weight.double(), left.double()
+    if input_moment is not None:
+        moment = _checked(input_moment, weight.shape[1], "input moment", weight.device)
+        if moment is None:
+            return left
+        factor = right.double()
+        weighted = factor @ moment
+        lost = outputs @ weighted.t() - own @ (factor @ weighted.t())
+        return (own + _divide(lost, weighted @ factor.t(), _UPDATE_CUT)).to(left.dtype)
+    assert output_moment is not None
+    moment = _checked(output_moment, weight.shape[0], "output moment", weight.device)
+    if moment is None:
+        return left
+    norms = own.square().sum(0)
+    projector = own.t() / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]  # V = P W
+    seen = moment @ projector.t()
+    gram = projector @ seen
+    return (own + _divide(seen - own @ gram, gram, _UPDATE_CUT)).to(left.dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,13 @@
+"""Weights in fewer bits, packed. See docs/methods/quant.md."""
+
+from __future__ import annotations
+
+from mctk.hookspecs import Method, hookimpl
+
+from mctk_quant.methods import Rtn
+
+
+@hookimpl
+def methods() -> list[Method]:
+    """Returns the methods of this plugin."""
+    return [Rtn()]
