@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from mctk.errors import UserError
-from mctk.evaluate import compare, evaluate_model, suite
+from mctk.evaluate import compare, evaluate_model, loading
 from mctk.recipe import Evaluate, PerplexityText
 from tiny_checkpoint import save_checkpoint, words
 
@@ -48,7 +48,7 @@ def test_streamed_and_in_memory_agree_on_every_text(model, section):
 
 def test_auto_streams_what_does_not_fit_and_says_so(model, section, monkeypatch):
     small = Evaluate(perplexity=section.perplexity[2:], tasks=["mctk_after"])
-    monkeypatch.setattr(suite, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     result = evaluate_model(model, small, device="cpu")
     assert result["mode"] == "streamed" and "are free on cpu" in result["mode_reason"]
     assert result["tasks"] == {} and "mctk_after were left out" in result["warnings"][0]
@@ -85,4 +85,47 @@ def test_a_device_that_is_not_there_and_a_missing_tokenizer(model, section, tmp_
 
 
 def test_free_memory_is_a_number_of_bytes():
-    assert suite.free_memory("cpu") > 1e6
+    assert loading.free_memory("cpu") > 1e6
+
+
+def test_divergence_from_kept_logits(model, section, tmp_path):
+    """In memory and streamed; of a model from itself there is none."""
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    asked = Evaluate(perplexity=section.perplexity, divergence={"tokens": 3 * 32})
+    kept = tmp_path / "logits"
+    first = evaluate_model(model, asked, device="cpu", keep=kept, batch_size=4)
+    assert first["divergence"] == {} and kept.is_dir()
+    same = evaluate_model(model, asked, device="cpu", against=kept, batch_size=4)
+    found = same["divergence"]
+    assert {name: len(entry["window_kl"]) for name, entry in found.items()} == {
+        "a": 2, "b": 2, "c": 4,
+    }  # fmt: skip
+    assert all(entry["kl"]["value"] == 0 for entry in found.values())
+    assert all(entry["agreement"]["value"] == 1 for entry in found.values())
+    memory, streamed = (
+        evaluate_model(other, asked, device="cpu", streamed=s, against=kept, batch_size=3)
+        for s in (False, True)
+    )
+    for name, entry in memory["divergence"].items():
+        assert entry["kl"]["value"] > 0.01
+        assert entry["window_kl"] == pytest.approx(
+            streamed["divergence"][name]["window_kl"], rel=1e-3
+        )
+        assert entry["window_same"] == streamed["divergence"][name]["window_same"]
+
+
+def test_speed_and_peak_memory_when_asked(model, section):
+    asked = Evaluate(
+        perplexity=section.perplexity[:1],
+        speed={"length": 8, "new": 3, "repeats": 2, "batch": 2},
+    )
+    seen = []
+    found = evaluate_model(model, asked, device="cpu", check=seen.append)
+    speed = found["speed"]
+    assert speed["prefill"]["low"] <= speed["prefill"]["value"] <= speed["prefill"]["high"]
+    assert speed["decode"]["value"] > 0
+    assert speed["protocol"].startswith("speed/v1 batch=2 prompt=8 new=3 repeats=2 threads=")
+    assert len(seen) == 1 and hasattr(seen[0], "forward")
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 1e7
+    streamed = evaluate_model(model, asked, device="cpu", streamed=True)
+    assert streamed["speed"] is None and "speed was not measured" in streamed["warnings"][0]

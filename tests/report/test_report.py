@@ -157,3 +157,10 @@ def test_perplexities_on_other_tokens_are_marked():
     table = side_by_side([metrics(), other])
     assert [r["ppl:docs"] for r in table.rows] == [4.0, 5.0, "6.000 †"]
     assert "not comparable" in table.notes[-1]
+
+
+def test_what_steps_noted_is_listed():
+    noted = {"step": "merge/a", "text": "objective 1.0 → 0.5 | done"}
+    text = render_report({"layers": [{"layer": 3, "notes": [noted]}]})
+    assert "## What the steps noted" in text and r"objective 1.0 → 0.5 \| done" in text
+    assert "What the steps noted" not in render_report({"layers": [{"layer": 3, "notes": []}]})

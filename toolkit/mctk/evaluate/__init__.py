@@ -1,5 +1,7 @@
-"""What a model is worth: token-level perplexity and lm-eval's tasks."""
+"""What a model is worth: perplexity, lm-eval's tasks, divergence from another, speed."""
 
+from .bootstrap import bootstrap_mean
+from .divergence import LogitStore
 from .harness import load_tasks, run_tasks
 from .perplexity import (
     Perplexity,
@@ -12,7 +14,9 @@ from .perplexity import (
 from .suite import compare, evaluate_model
 
 __all__ = [
+    "LogitStore",
     "Perplexity",
+    "bootstrap_mean",
     "compare",
     "evaluate_model",
     "forward_logits",

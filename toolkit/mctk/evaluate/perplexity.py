@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
+from .bootstrap import SAMPLES, bootstrap_mean
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +214,7 @@ def paired_bootstrap(
     nll_a: ArrayLike,
     nll_b: ArrayLike,
     tokens: ArrayLike,
-    samples: int = 10000,
+    samples: int = SAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Compares two models on the same windows: log-perplexity of `b` less that of `a`.
@@ -237,14 +238,4 @@ def paired_bootstrap(
     a, b = np.asarray(nll_a, dtype=np.float64), np.asarray(nll_b, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or not a.size:
         raise ValueError(f"paired bootstrap: {a.shape} and {b.shape} windows do not correspond")
-    weights = np.broadcast_to(np.asarray(tokens, dtype=np.float64), a.shape)
-    difference = b - a
-    generator = np.random.default_rng(seed)
-    means = np.empty(samples)
-    step = max(1, (1 << 22) // a.size)  # resamples drawn together: 32 MiB of indices
-    for first in range(0, samples, step):
-        count = min(step, samples - first)
-        drawn = generator.integers(0, a.size, size=(count, a.size))
-        means[first : first + count] = difference[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.sum() / weights.sum()), float(low), float(high)
+    return bootstrap_mean([(b - a, tokens)], samples, seed)

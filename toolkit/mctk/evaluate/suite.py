@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError, brief
+from ..errors import UserError
+from .divergence import Divergence, LogitStore, Watcher, Writer, shared_out, watched
 from .harness import load_tasks, run_tasks
+from .loading import load_model, load_tokenizer, resolve_device, versions, weights_fit
+from .memory import PeakMemory
 from .perplexity import (
     Perplexity,
     forward_logits,
     paired_bootstrap,
-    perplexity,
     score,
     streamed_logits,
 )
+from .speed import measure_speed
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +34,6 @@ Streamed = bool | Literal["auto"]
 Report = Callable[[str, int, int], None]
 """Is called with what is being done, how much of it is done (windows or layers), and how much
 there is."""
-
-# Of the free memory, what weights and logits may take: the rest is for activations and the cache.
-_USABLE = 0.8
 
 
 def evaluate_model(
@@ -50,6 +49,9 @@ def evaluate_model(
     task_path: Sequence[str | Path] = (),
     seed: int | None = None,
     report: Report | None = None,
+    keep: Path | None = None,
+    against: Path | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates one model directory.
 
@@ -66,11 +68,15 @@ def evaluate_model(
         task_path: Directories with more lm-eval tasks.
         seed: Of lm-eval's few-shot examples; None is lm-eval's default.
         report: Told of progress.
+        keep: Where to keep the logits that others' divergence is measured from.
+        against: Where the original's were kept.
+        check: Is called with the loaded model, if it is in memory, before anything is measured.
 
     Returns:
-        "perplexity" {name: `Perplexity.to_json`}, "tasks" {name: see `run_tasks`}, "mode"
-        ("in memory" or "streamed") with "mode_reason", "device", "dtype", "batch_size",
-        "versions", "warnings", "seconds". JSON-able.
+        "perplexity" {name: `Perplexity.to_json`}, "divergence" {name: `Divergence.to_json`},
+        "tasks" {name: see `run_tasks`}, "speed" (see `measure_speed`; None where the model is
+        streamed), "mode" ("in memory" or "streamed") with "mode_reason", "device", "dtype",
+        "batch_size", "versions", "warnings", "peak_memory_bytes", "seconds". JSON-able.
 
     Raises:
         UserError: Text, task, model or device is not there or does not fit.
@@ -108,15 +114,28 @@ def evaluate_model(
 
     loaded = load_tasks(tasks, task_path) if tasks else None
     say = report or (lambda what, done, total: None)
+    memory = PeakMemory(where)
     accuracy: dict[str, Any] = {}
-    if stream:
-        found = _stream(source, texts, where, compute, batch_size, trust_remote_code, say)
-    else:
-        model = load_model(source.path, where, compute, trust_remote_code)
-        found = {}
-        for name, windows in texts.items():
-            progress = _about(say, f"perplexity of {name}")
-            found[name] = perplexity(forward_logits(model, windows.ids, batch_size, progress))
+    speed: dict[str, Any] | None = None
+    with _watchers(section, texts, keep, against) as watchers:
+        if stream:
+            found = _stream(
+                source, texts, where, compute, batch_size, trust_remote_code, say, watchers
+            )
+        else:
+            model = load_model(source.path, where, compute, trust_remote_code)
+            if check is not None:
+                check(model)
+            found = {}
+            for name, windows in texts.items():
+                progress = _about(say, f"perplexity of {name}")
+                batches = forward_logits(model, windows.ids, batch_size, progress)
+                if name in watchers:
+                    batches = watched(batches, [(0, watchers[name])])
+                _, sums = score(batches)
+                found[name] = Perplexity(windows.ids.shape[1], tuple(sums), windows.digest)
+    peak = memory.bytes()
+    if not stream:
         if loaded is not None:
             what = f"tasks {', '.join(tasks)}"
             options: dict[str, Any] = {
@@ -127,16 +146,28 @@ def evaluate_model(
             say(what, 0, 1)
             accuracy = run_tasks(model, tokenizer, loaded, batch_size=batch_size, **options)
             say(what, 1, 1)
+        if section.speed is not None:
+            say("speed", 0, 1)
+            first = next(iter(texts.values()), None)
+            speed = measure_speed(model, first.ids if first else None, section.speed)
+            say("speed", 1, 1)
         del model
+    elif section.speed is not None:
+        warnings.append(f"speed was not measured: that needs {reason}")
     warnings += [
         f"perplexity of {name} is {value.perplexity}"
         for name, value in found.items()
         if not math.isfinite(value.perplexity)
     ]
+    apart = {name: watcher.result() for name, watcher in watchers.items()}
     return {
         "model": str(path),
         "perplexity": {name: value.to_json() for name, value in found.items()},
+        "divergence": {
+            name: value.to_json() for name, value in apart.items() if isinstance(value, Divergence)
+        },
         "tasks": accuracy,
+        "speed": speed,
         "mode": "streamed" if stream else "in memory",
         "mode_reason": reason,
         "device": where,
@@ -144,8 +175,47 @@ def evaluate_model(
         "batch_size": batch_size,
         "versions": versions(),
         "warnings": warnings,
+        "peak_memory_bytes": peak,
         "seconds": time.monotonic() - started,
     }
+
+
+@contextmanager
+def _watchers(
+    section: Evaluate,
+    texts: Mapping[str, TokenWindows],
+    keep: Path | None,
+    against: Path | None,
+) -> Iterator[dict[str, Watcher]]:
+    """What keeps or compares the logits of each text; logits that are kept are whole afterwards."""
+    if section.divergence is None or (keep is None and against is None):
+        yield {}
+        return
+    shapes = {name: windows.ids.shape for name, windows in texts.items()}
+    counts = shared_out(
+        {name: shape[0] for name, shape in shapes.items()},
+        {name: shape[1] for name, shape in shapes.items()},
+        section.divergence.tokens,
+    )
+    store = LogitStore(against) if against is not None else None
+    writer = Writer(keep) if keep is not None else None
+    try:
+        yield {
+            name: Watcher(
+                name,
+                windows.digest,
+                counts[name],
+                shapes[name][1],
+                writer,
+                store.logits(name, windows.digest) if store is not None else None,
+            )
+            for name, windows in texts.items()
+        }
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.discard()
 
 
 def compare(
@@ -187,6 +257,7 @@ def _stream(
     batch_size: int,
     trust_remote_code: bool,
     report: Report,
+    watchers: Mapping[str, Watcher],
 ) -> dict[str, Perplexity]:
     """Scores all texts of one window length in one sweep: each reads every weight once."""
     import torch
@@ -200,126 +271,16 @@ def _stream(
         group = {name: w for name, w in texts.items() if w.ids.shape[1] == length}
         progress = _about(report, f"perplexity of {', '.join(group)}, layer by layer")
         ids = torch.cat([windows.ids for windows in group.values()])
-        _, sums = score(streamed_logits(model, ids, batch_size, progress))
+        first, seeing = 0, []
+        for name, windows in group.items():
+            if name in watchers:
+                seeing.append((first, watchers[name]))
+            first += len(windows.ids)
+        batches = streamed_logits(model, ids, batch_size, progress)
+        _, sums = score(watched(batches, seeing) if seeing else batches)
         first = 0
         for name, windows in group.items():
             last = first + len(windows.ids)
             found[name] = Perplexity(length, tuple(sums[first:last]), windows.digest)
             first = last
     return {name: found[name] for name in texts}
-
-
-def resolve_device(device: str) -> str:
-    """Turns "auto" into the first GPU or the CPU, and checks that the device is there."""
-    import torch
-
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"device: no such device {device!r}; try auto, cpu or cuda:0") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {device} was asked for, but torch sees no GPU")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps was asked for, but torch does not offer it here")
-    return device
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that a model directory carries."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many types for a missing or bad tokenizer
-        raise UserError(f"{path}: no usable tokenizer: {brief(error)}") from error
-    # Where the files are missing, some families give a tokenizer with an empty vocabulary.
-    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"{path}: no usable tokenizer: it turns text into nothing")
-    return tokenizer
-
-
-def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The whole model in memory, by `from_pretrained`.
-
-    Raises:
-        CheckpointError: Tensors are missing or contradict config.json.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from ..checkpoint import Source
-    from ..runtime import restore_buffers
-    from ..sweep import StreamedModel
-
-    # transformers fills what a checkpoint lacks with random numbers; the headers tell before.
-    StreamedModel(Source(path), trust_remote_code=trust_remote_code)
-    placed = {} if device == "cpu" else {"device_map": {"": device}}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # progress is ours to tell
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, trust_remote_code=trust_remote_code, **placed
-        )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    restore_buffers(model)  # transformers leaves those of remote code uninitialised
-    return model.eval()
-
-
-def weights_fit(
-    source: Source, dtype: torch.dtype, device: str, logits: int = 0
-) -> tuple[bool, str]:
-    """Whether the weights, in the compute dtype, fit into the device's free memory.
-
-    Args:
-        source: The model directory.
-        dtype: Compute dtype.
-        device: "cpu" or a GPU.
-        logits: Bytes that a batch's logits take besides.
-
-    Returns:
-        The answer and the figures behind it.
-    """
-    from ..checkpoint.source import FLOATING
-
-    weights = sum(
-        info.numel * dtype.itemsize if info.dtype in FLOATING else info.nbytes
-        for info in source.tensors.values()
-    )
-    needed, free = weights + logits, free_memory(device)
-    reason = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free on {device}"
-    return needed <= _USABLE * free, reason
-
-
-def free_memory(device: str) -> int:
-    """Free bytes on a device; on the CPU also within the limit of a container."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").open())
-    except (OSError, ValueError):  # no such file, or the limit is "max"
-        return free
-    # Pages of files that were read count as used, but give way.
-    return min(free, limit - used + int(statistics.get("inactive_file", 0)))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("mctk", "torch", "transformers", "lm_eval"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -52,6 +52,7 @@ def render_report(metrics: Metrics) -> str:
         section("Size: prediction and measurement", _prediction(metrics), _budget(metrics)),
         section("Error after each pass", *_trace(metrics)),
         section("What each bank became", _folded(_banks(metrics))),
+        section("What the steps noted", _notes(metrics)),
         section("Tokens per expert", *_tokens(metrics)),
         section("Checks on the written files", _gate(metrics)),
         section("How it was made", *_provenance(metrics)),
@@ -172,6 +173,21 @@ def _banks(metrics: Metrics) -> Table:
     return Table(known, rows)
 
 
+def _notes(metrics: Metrics) -> str:
+    """What steps said of each layer while they worked: objectives, choices, fallbacks."""
+    rows: list[Mapping[str, Any]] = [
+        {"layer": get(layer, "layer"), "step": get(note, "step"), "text": get(note, "text")}
+        for layer in metrics.get("layers") or []
+        for note in get(layer, "notes") or []
+    ]
+    columns = [
+        Column("layer", "layer"),
+        Column("step", "step", left=True),
+        Column("text", "", left=True),
+    ]
+    return _folded(Table(columns, rows))
+
+
 def _tokens(metrics: Metrics) -> list[str]:
     rows: list[Mapping[str, Any]] = []
     for layer in metrics.get("layers") or []:
@@ -240,6 +256,9 @@ def _gate(metrics: Metrics) -> str:
             "result": changed,
         },
     ]
+    if get(gate, "plain_error") is not None:
+        what = "relative squared error of the logits that transformers gives without mctk"
+        rows.append({"what": what, "result": f"{gate['plain_error']:.1e}"})
     if get(gate, "max_abs_logit") is not None:
         rows.append({"what": "largest absolute logit", "result": f"{gate['max_abs_logit']:.3g}"})
     return Table([Column("what", "check", left=True), Column("result", "result")], rows).markdown()
@@ -267,6 +286,7 @@ def _provenance(metrics: Metrics) -> list[str]:
         add("statistics", f"{text(hits)} from the cache, {text(misses)} collected")
         add("forward sweeps", counters.get("sweeps"))
         add("backward sweeps", counters.get("backward_sweeps"))
+        add("sweeps on compressed layers", counters.get("compressed_sweeps"))
     seconds = metrics.get("seconds") or {}
     add("time", duration(seconds.get("total")))
     for phase, value in seconds.items():
