@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 from mctk import cli
+from mctk.compare.file import load_comparison
+from mctk.compare.schema import ComparisonFile
 from mctk.decompose import matrices
 from mctk.errors import CheckpointError
 from mctk.hookspecs import STAGES, Method, Plugin
@@ -62,7 +64,7 @@ def tensors(spec: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {}
     for name, entry in spec["tensors"].items():
         dtype = getattr(torch, entry["dtype"])
-        if dtype.is_floating_point:
+        if dtype.is_floating_point or dtype == torch.uint8:
             found[name] = torch.zeros(entry["shape"], dtype=dtype)
         else:  # indices that do not repeat
             found[name] = torch.arange(entry["shape"][-1], dtype=dtype).expand(entry["shape"])
@@ -122,7 +124,7 @@ def test_the_format_builds_a_model(example):
     swap_from_config(model, example["quantization_config"])
     state = model.state_dict()
     assert "model.layers.0.mlp.experts.terms_gate_1_U" in state
-    assert "model.layers.0.self_attn.q_proj.terms_0_V" in state
+    assert "model.layers.0.self_attn.q_proj.terms_0_V_zeros" in state
 
 
 @pytest.mark.parametrize(
@@ -338,6 +340,27 @@ def test_no_key_is_documented_that_is_none():
     tables = RECIPES.partition("## All keys")[2].partition("\n## ")[0]
     documented = set(re.findall(r"^\| `([^`]+)` \|", tables, flags=re.MULTILINE))
     assert documented == keys
+
+
+def test_every_key_of_a_comparison_is_documented():
+    table = RECIPES.partition("## Comparison files")[2].partition("\n## ")[0]
+    shared = set(re.findall(r"`(\w+)`", table.partition("| as in a recipe |")[0].splitlines()[-1]))
+    shared |= {"calibration", "evaluate"}
+    own = [(key, row) for key, row in rows(ComparisonFile) if key.split(".")[0] not in shared]
+    for key, row in own:
+        if key.startswith("rows[].budgets."):
+            continue  # the same as the comparison's
+        row = row.replace("`runs/<recipe>`", "`runs/<file>`").replace("`{method: uniform}`", "–")
+        assert row in table, f"docs/recipes.md should have the row\n{row} |"
+    assert shared - {"calibration", "evaluate"} <= set(ComparisonFile.model_fields)
+    documented = set(re.findall(r"^\| `([\w.\[\]]+)` \|", table, flags=re.MULTILINE))
+    assert documented <= {key for key, _ in rows(ComparisonFile)}
+
+
+def test_the_comparison_in_the_documentation_loads():
+    [text] = re.findall(r"^```yaml comparison\n(.*?)^```$", RECIPES, flags=re.S | re.M)
+    loaded = load_comparison(yaml.safe_load(text), registry=load_plugins())
+    assert len(loaded.rows) == 3 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("text", blocks(RECIPES, "yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mctk.compare.file import load_comparison
 from mctk.plan import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
@@ -12,7 +13,13 @@ from mctk.registry import load_plugins
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+PATHS = sorted(RECIPES.glob("*.yaml"))
+COMPARISONS = [path for path in PATHS if path.stem.startswith("compare_")]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if path not in COMPARISONS], ids=lambda path: path.stem
+)
 def test_a_shipped_recipe_loads(path: Path):
     registry = load_plugins()
     recipe = load_recipe(path, registry=registry)
@@ -22,3 +29,30 @@ def test_a_shipped_recipe_loads(path: Path):
     plan = describe(make_plan(recipe, registry, weights=False))
     assert plan["sizes"]["exact"] and plan["calibration"]["checked"]
     assert all(plan["evaluation"]["windows"].values()) and not plan["warnings"]
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_shipped_comparison_loads(path: Path):
+    """Every row of the demo's can be planned at every budget."""
+    registry = load_plugins()
+    loaded = load_comparison([path], registry=registry)
+    methods = {row.name for row in loaded.rows if row.budget in loaded.budgets}
+    if (RECIPES / "demo") not in Path(loaded.rows[0].recipe.model).parents:
+        return
+    assert len(methods) >= 16 and len(loaded.budgets) == 3
+    model = None
+    for row in loaded.rows:
+        model = make_plan(row.recipe, registry, model=model).model
+
+
+def test_the_comparisons_do_the_same():
+    """Same steps on the demo model and on Mixtral, but for what a paper's row is known by."""
+    demo, mixtral = (load_comparison([path], registry=load_plugins()) for path in COMPARISONS)
+    steps = {
+        row.name: [(step.stage, step.method.name, step.options) for step in row.recipe.steps]
+        for row in demo.rows
+    }
+    for row in mixtral.rows:
+        assert [(step.stage, step.method.name, step.options) for step in row.recipe.steps] == steps[
+            row.name
+        ], row.name

@@ -49,7 +49,7 @@ def test_parts_add_up(mctk, mixtral):
 
 def test_a_compressed_checkpoint(mctk, compressed):
     found = json.loads(mctk("inspect", compressed, "--json")[1])
-    assert found["compressed"] and found["format_version"] == 1
+    assert found["compressed"] and found["format_version"] == 2
     terms = {(row["layer"], row["bank"]): row["terms"] for row in found["banks"]}
     assert terms[0, "experts.gate"] == ["dense"]
     assert terms[1, "experts.gate"] == ["lowrank r=16 pivoted"]

@@ -14,6 +14,7 @@ from mctk.errors import UserError, nearest
 # A command and its line in `mctk --help`; module mctk.cli.<name> holds it as `command`.
 COMMANDS = {
     "run": "Compress a model as a recipe says; goes on where it was stopped.",
+    "compare": "Run many methods at many budgets on one calibration; one table.",
     "plan": "Check a recipe and show what it will cost, before weights are read.",
     "eval": "Measure a checkpoint: perplexity and lm-eval tasks.",
     "report": "Print finished runs side by side.",
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        resumes = given[:1] == ["run"]
+        resumes = given[:1] in (["run"], ["compare"])
         tail = ": the same command goes on from here." if resumes else "."
         click.echo(f"Interrupted{tail}", err=True)
         code = 130

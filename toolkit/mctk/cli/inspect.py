@@ -98,6 +98,8 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
 
 def _term(term: Any) -> str:
     """A term in a few words: its kind, its rank, how many slots its members share."""
+    from mctk.terms import packed_bits
+
     spec = term.spec()
     words = [spec["kind"]]
     rank = getattr(term, "rank", None)
@@ -105,6 +107,7 @@ def _term(term: Any) -> str:
         words.append(f"r={rank}")
     if spec.get("storage", "plain") != "plain":
         words.append(spec["storage"])
+    words += [f"{bits} bits" for bits in packed_bits(term)]
     slots = {slot for slot in term.slots if slot is not None}
     if len(slots) < term.shape.members:
         words.append(f"{len(slots)} slots")

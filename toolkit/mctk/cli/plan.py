@@ -20,12 +20,18 @@ Example:
   mctk plan recipes/svdllm_demo.yaml --set budget.remove=0.6"""
 
 
+FORMATS = {
+    "mctk": "format: mctk; loads after `import mctk`",
+    "native": "format: native; an ordinary checkpoint with fewer experts, loads without mctk",
+}
+
+
 @click.command(epilog=EPILOG)
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(recipe: str, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Check RECIPE and show what it will do and cost."""
-    from mctk.evaluate.suite import resolve_device
+    from mctk.evaluate.loading import resolve_device
     from mctk.plan import describe, make_plan
     from mctk.recipe import load_recipe
     from mctk.registry import load_plugins
@@ -48,8 +54,7 @@ def _show(plan: dict[str, Any]) -> None:
     click.echo(
         f"{model['path']}: {model['type']}, {model['layers']} layers, computed in "
         f"{model['dtype']} on {model['device']}\n"
-        f"writes {plan['output']['path']} (format: {plan['output']['kind']}; loads after "
-        "`import mctk`)\n"
+        f"writes {plan['output']['path']} ({FORMATS[plan['output']['kind']]})\n"
     )
     for number, step in enumerate(plan["steps"], 1):
         asked = f", size {step['size']}" if step["size"] else ""
@@ -112,6 +117,7 @@ def _show(plan: dict[str, Any]) -> None:
     click.echo(
         f"sweeps: {plan['sweeps']} forward"
         + (f" and {plan['backward_sweeps']} backward" if plan["backward_sweeps"] else "")
+        + (", and one on the compressed layers as they come" if plan["recollected"] else "")
         + f"; the weights are read {plan['weight_reads']} times, one layer in memory at a time\n"
         f"peak memory: about {size(resources['peak_memory'])} beside the libraries; disk: at most "
         f"{size(resources['disk_output'])} for the output, {size(resources['disk_statistics'])} "

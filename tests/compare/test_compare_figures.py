@@ -1,0 +1,164 @@
+"""Figures: well-formed SVG, a text for those who hear it, and none where there is nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from xml.etree import ElementTree
+
+import pytest
+from comparison_factory import METHODS, comparison
+from mctk.compare import charts
+from mctk.compare import figures as module
+from mctk.compare.figures import figures, write_figures
+from mctk.compare.palette import COLOURS, family_of, is_composed, look_of, looks
+from mctk.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+ALL = [
+    "parameters",
+    "bytes",
+    "layer_errors",
+    "pass_errors",
+    "ranks",
+    "spectra",
+    "similarity",
+    "routing",
+]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return comparison()
+
+
+@pytest.fixture(scope="module")
+def drawn(found):
+    return {drawing.name: drawing for drawing in figures(found)}
+
+
+def words_of(drawing):
+    root = ElementTree.fromstring(drawing.svg)
+    return ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+
+
+def test_every_figure_is_drawn(drawn):
+    assert list(drawn) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_figure_is_whole_and_says_what_it_is(drawn, name):
+    drawing = drawn[name]
+    root = ElementTree.fromstring(drawing.svg)
+    assert root.get("role") == "img" and root.get("viewBox")
+    assert root.get("aria-labelledby") == f"{name}-title {name}-desc"
+    assert root.find(f"{SVG}title").text == drawing.title
+    assert root.find(f"{SVG}desc").text == drawing.caption
+    assert all(i.get("id").startswith(f"{name}-") for i in root.iter() if i.get("id"))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawing.svg))
+    assert used <= {i.get("id") for i in root.iter()}
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', drawing.svg)
+    assert "<style" not in drawing.svg  # it would rule the page around it
+
+
+def test_names_of_all_methods_stand_beside_their_lines(drawn):
+    words = words_of(drawn["parameters"])
+    for name, _, _ in METHODS:
+        assert name in words
+
+
+def test_rounded_rows_are_named_on_the_byte_frontier(drawn):
+    words = words_of(drawn["bytes"])
+    assert {"8 bits", "4 bits", "3 bits", "2 bits", "D²-MoE, 4 bits −60 %"} <= set(words)
+    assert "REAP −40 %" not in words
+
+
+def test_the_same_comparison_gives_the_same_bytes(found, drawn):
+    again = {drawing.name: drawing for drawing in figures(found)}
+    assert again == drawn
+
+
+def test_figures_without_data_are_left_out():
+    bare = comparison(structure=False)
+    bare = dataclasses.replace(
+        bare, rows=[dataclasses.replace(row, trace=[], banks=[]) for row in bare.rows]
+    )
+    assert [drawing.name for drawing in figures(bare)] == ["parameters", "bytes"]
+    none = dataclasses.replace(bare, rows=[])
+    assert figures(none) == []
+
+
+def test_rounding_alone_has_no_place_among_parameters():
+    bare = comparison(structure=False)
+    alone = dataclasses.replace(bare, rows=[row for row in bare.rows if row.budget is None])
+    assert "parameters" not in [drawing.name for drawing in figures(alone)]
+
+
+def test_a_row_that_gains_is_drawn(found):
+    row = next(row for row in found.rows if row.status == "ok")
+    windows = {
+        name: dataclasses.replace(
+            text,
+            change=dataclasses.replace(text.change, value=-0.02),
+            window_nll=[x - 511 * 0.02 for x in found.original.texts[name].window_nll],
+        )
+        for name, text in row.texts.items()
+    }
+    gains = dataclasses.replace(found, rows=[dataclasses.replace(row, texts=windows)])
+    assert {"parameters", "bytes"} <= {drawing.name for drawing in figures(gains)}
+
+
+def test_files_are_written(found, tmp_path, drawn):
+    written = write_figures(found, tmp_path / "figures")
+    assert [drawing.name for drawing in written] == ALL
+    for drawing in written:
+        file = tmp_path / "figures" / f"{drawing.name}.svg"
+        assert file.read_text(encoding="utf-8") == drawing.svg == drawn[drawing.name].svg
+
+
+def test_without_matplotlib_the_error_says_what_to_install(found, monkeypatch, tmp_path):
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    assert not module.available()
+    with pytest.raises(UserError, match=r"pip install 'mctk\[figures\]'"):
+        write_figures(found, tmp_path)
+
+
+def test_the_users_own_style_is_left_alone(found):
+    import matplotlib as mpl
+
+    with mpl.rc_context({"axes.grid": False, "font.size": 31.0}):
+        before = dict(mpl.rcParams)
+        figures(dataclasses.replace(found, rows=found.rows[:4]))
+        assert dict(mpl.rcParams) == before
+
+
+def test_many_layers_and_experts_stay_small(monkeypatch):
+    import comparison_factory
+
+    monkeypatch.setattr(comparison_factory, "LAYERS", 27)
+    monkeypatch.setattr(comparison_factory, "EXPERTS", 64)
+    big = comparison(tasks=False, speed=False)
+    for drawing in figures(big):
+        assert len(drawing.svg) < 200_000, drawing.name
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_are_readable_on_white():
+    for colour in COLOURS:
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5, colour
+
+
+def test_families_share_a_look_and_rounding_is_hollow(found):
+    known = looks(found.rows)
+    assert len({(look.colour, look.marker) for look in known.values()}) == len(known)
+    by_name = {row.name: row for row in found.rows}
+    plain, rounded = by_name["NAEE"], by_name["NAEE, 4 bits"]
+    assert family_of(plain) == family_of(rounded) == "prune"
+    assert is_composed(rounded) and not is_composed(plain) and not is_composed(by_name["4 bits"])
+    assert look_of(plain, known).filled and not look_of(rounded, known).filled
+    assert family_of(by_name["4 bits"]) == "quantize"

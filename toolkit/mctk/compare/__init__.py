@@ -1,0 +1,1 @@
+"""Comparisons: many methods at many budgets on one model and one calibration, and their tables."""
