@@ -26,7 +26,8 @@ from mctk.terms import (
     spec_parameters,
 )
 from mctk.terms import registry as registry_module
-from mctk.terms.packing import pack_bits, quantise, unpack_bits
+from mctk.terms.bits import pack_bits, unpack_bits
+from mctk.terms.rounding import quantise
 from safetensors.torch import load_file, save_file
 from term_strategies import KINDS, terms
 

@@ -10,9 +10,10 @@ from mctk.terms.bank import Bank
 from mctk.terms.dense import Bias, Dense
 from mctk.terms.dynamic import DynamicDense
 from mctk.terms.lowrank import LowRank
-from mctk.terms.packing import PackedTensor, pack, packed_bits
+from mctk.terms.packing import PackedTensor, packed_bits
 from mctk.terms.registry import kind, kinds, register_kind
 from mctk.terms.removal import compact, drop_members, removed_members
+from mctk.terms.rounding import pack
 from mctk.terms.shape import BankShape
 from mctk.terms.sizes import DENSE, SizeCurve, rank_settings
 from mctk.terms.skip import ExpertSkip

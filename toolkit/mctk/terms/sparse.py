@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mctk.terms.bits import pack_bits, packed_width, unpack_bits
 from mctk.terms.indices import (
     SlotMap,
     check_float,
@@ -21,7 +22,6 @@ from mctk.terms.indices import (
     place_rows,
     take_columns,
 )
-from mctk.terms.packing import pack_bits, packed_width, unpack_bits
 from mctk.terms.shape import BankShape
 from mctk.terms.term import Term
 
