@@ -1,15 +1,18 @@
 """Settings of every test: no network, one thread, slow tests only when asked for."""
 
 import os
+import shutil
+import tempfile
 
 # Before anything imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where transformers copies remote code before it runs it: not the user's cache. One place for all
+# tests of a process, and for the processes that it starts: the package is imported once.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mctk-modules-")
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +22,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where transformers copies remote code before it runs it: not the user's cache.
+def modules_cache() -> Path:
+    """Where transformers copies remote code to."""
+    return Path(os.environ["HF_MODULES_CACHE"])
 
-    One place for all tests: the package of that code is imported once in a process.
-    """
-    import transformers.dynamic_module_utils
 
-    place = tmp_path_factory.mktemp("modules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MODULES_CACHE", str(place))  # for fresh processes
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(place))
-        yield place
-        if str(place) in sys.path:
-            sys.path.remove(str(place))
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

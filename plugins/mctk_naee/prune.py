@@ -112,7 +112,11 @@ class Naee(Method):
         count = _checked(layer, size, options)
         loss = _loss(layer, statistics, options)
         how, found = _search(layer, loss, count, options)
-        share = f", {found.loss / loss.energy:.2%} of the output's energy" if loss.energy else ""
+        share = (
+            f", {found.loss / loss.energy:.2%} of the energy of the experts' output"
+            if loss.energy
+            else ""
+        )
         note(
             f"keeps experts {', '.join(map(str, found.kept))}: {how} search, {found.tried} subsets "
             f"tried, loss {found.loss:.6g}{share}"

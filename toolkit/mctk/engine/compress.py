@@ -185,7 +185,7 @@ def compress(
     with reporter.phase("compress", count - first):
         for index in range(first, count):
             started = time.perf_counter()
-            notes = []
+            errors: list[float] = []
             working = [run for run in alive(runs) if starts[id(run)] <= index]
             if not working:
                 continue
@@ -193,17 +193,28 @@ def compress(
                 sites = working[0].plan.sites[index]
                 layer = LiveLayer(model, index, module, sites, sample)
                 reference = stream.visit(index, module, sites) if stream is not None else None
-                for run in working:
+                for done, run in enumerate(working):
+                    if len(working) > 1:
+                        reporter.progress(f"layer {index}, {run.output.name}", done, len(working))
                     with run.fate.own():
-                        notes.append(_layer(run, layer, reference))
+                        errors += _layer(run, layer, reference)
                         registry.hook.layer_done(run=run, layer=index)
             if stream is not None:
                 stream.done(index)
             for run in alive(working):
+                log = run.workspace.output / "run.log"
                 for said in run.workspace.manifest["layers"][str(index)]["notes"]:
-                    reporter.detail(f"layer {index}, {said['step']}: {said['text']}")
+                    reporter.detail(f"layer {index}, {said['step']}: {said['text']}", log)
             elapsed = time.perf_counter() - started
-            reporter.step(f"layer {index} in {elapsed:.1f} s{''.join(notes)}")
+            reporter.step(f"layer {index} in {elapsed:.1f} s{_span(errors)}")
+
+
+def _span(errors: list[float]) -> str:
+    """The layer errors of one run, or how far those of several reach, for the log."""
+    if not errors:
+        return ""
+    low, high = min(errors), max(errors)
+    return f", layer error {low:.2e}" + (f" to {high:.2e}" if len(errors) > 1 else "")
 
 
 def _begin(
@@ -245,8 +256,8 @@ def _gate_states(run: Run, layer: int, sample: Sample) -> torch.Tensor:
     return load_file(str(run.hidden_path(layer)))["hidden"]
 
 
-def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> str:
-    """One run's passes on one filled layer; returns a note for the log."""
+def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> list[float]:
+    """One run's passes on one filled layer; returns the layer's error if that was measured."""
     started = time.perf_counter()
     plan, preparation = run.plan, run.preparation
     index, module, model, banks = layer.index, layer.module, layer.model, layer.banks
@@ -302,8 +313,7 @@ def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> str:
     run.hidden_path(index).unlink(missing_ok=True)
     if run.prefix is not None:
         run.prefix.done(index)
-    last = record["trace"][-1] if record["trace"] else None
-    return f", layer error {last['layer_error']:.2e}" if last else ""
+    return [row["layer_error"] for row in record["trace"][-1:]]
 
 
 def _merged(plan: Plan, layer: int, name: str) -> bool:

@@ -32,7 +32,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, stream: IO[str] | None = None) -> None:
         self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
-        self._logs: list[IO[str]] = []
+        self._logs: dict[Path, IO[str]] = {}
         self._phase = ""
         self._total = 0
         self._done = 0
@@ -43,11 +43,11 @@ class Reporter:
 
     def add_log(self, path: Path) -> None:
         """Appends everything said from now on to a file as well."""
-        self._logs.append(path.open("a", encoding="utf-8"))
+        self._logs[path] = path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the log files."""
-        for log in self._logs:
+        for log in self._logs.values():
             log.close()
         self._logs.clear()
 
@@ -56,13 +56,13 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
         self._log(text)
 
-    def detail(self, text: str) -> None:
-        """One line in the log alone."""
-        self._log(text)
+    def detail(self, text: str, log: Path) -> None:
+        """One line in one log alone; nowhere if that was not added."""
+        self._log(text, log)
 
-    def _log(self, text: str) -> None:
+    def _log(self, text: str, only: Path | None = None) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        for log in self._logs:
+        for log in [log for path, log in self._logs.items() if only in (None, path)]:
             log.write(f"{stamp} {text}\n")
             log.flush()
 
@@ -116,7 +116,8 @@ class Reporter:
         line = f"{self._phase} {self._done}/{self._total} {text}"
         if self._bar is not None:
             task = self._bar.task_ids[0]
-            self._bar.update(task, advance=1, description=f"{self._phase} · {text}")
+            named = f"{self._phase} · {text}"
+            self._bar.update(task, completed=self._done, total=self._total, description=named)
         else:
             self.console.print(f"{line} ({left:.0f} s left)", markup=False, soft_wrap=True)
         self._log(line)
