@@ -116,7 +116,7 @@ def test_without_budgets_recipes_keep_their_own(load):
         ("budgets: {remove", "budget: {remove",
          "comparison.yaml:3: key budget: unknown key (did you mean 'budgets'?)"),
         ("remove: [0.2, 0.4]", "remove: [20, 40]",
-         "comparison.yaml:3: key budgets.remove.0: 20.0 is no share; write it as 0.4"),
+         "comparison.yaml:3: key budgets.remove.0: 20.0 is no share; write it as 0.2"),
         ("remove: [0.2, 0.4]", "remove: [0.2, 0.2]",
          "comparison.yaml:3: key budgets: the same share is given twice"),
         ("remove: [0.2, 0.4]", "of: model",

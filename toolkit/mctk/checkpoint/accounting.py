@@ -52,6 +52,7 @@ class ModelSizes:
         bytes: Tensor payload.
         macs_per_token: Multiply-adds of the weight matrices for one token.
         expert_parameters: Stored weight elements of routed experts.
+        expert_bytes: Their payload.
     """
 
     parameters: int
@@ -59,9 +60,10 @@ class ModelSizes:
     bytes: int
     macs_per_token: int
     expert_parameters: int
+    expert_bytes: int
 
     def as_dict(self) -> dict[str, int]:
-        """The five numbers by name."""
+        """The numbers by name."""
         return asdict(self)
 
 
@@ -271,7 +273,8 @@ def count(
     gone: set[str] = set()
     packed: dict[str, int] = {}  # a compressed module's tensor → the weights that it holds
     shrunk: dict[str, Fraction] = {}  # a router's tensor → how much of it is left
-    parameters = bytes_ = active = expert_parameters = multiply_adds = 0
+    routed_tensors: set[str] = set()  # of experts that are as they were
+    parameters = bytes_ = active = expert_parameters = expert_bytes = multiply_adds = 0
     for index, layer in enumerate(layers):
         sites = bank_sites(layer)
         new, kept = compacted(sites, changed.get(index, {}))
@@ -281,11 +284,15 @@ def count(
         multiply_adds += sum(layer_macs(layer, now, k).values())
         for name, site in sites.items():
             routed = site.part != "linear"
+            module = f"{layers_path}.{index}.{site.module}"
+            own = {f"{module}.{tensor}" for tensor in own_tensors(layer, site)}
+            routed_tensors |= own if routed else set()
             if name in new:
-                module = f"{layers_path}.{index}.{site.module}"
-                gone |= {f"{module}.{own}" for own in own_tensors(layer, site)}
+                gone |= own
                 parameters += sum(term.parameters() for term in new[name])
-                bytes_ += sum(term.nbytes() for term in new[name])
+                stored = sum(term.nbytes() for term in new[name])
+                bytes_ += stored
+                expert_bytes += stored if routed else 0
             terms = now[name]
             if routed:
                 expert_parameters += sum(term.parameters() for term in terms)
@@ -305,11 +312,14 @@ def count(
             continue
         left = next((shrunk[target] for target in targets if target in shrunk), 1)
         bytes_ += int(info.nbytes * left)
+        if targets and routed_tensors.issuperset(targets):
+            expert_bytes += int(info.nbytes * left)
         numel = info.numel if info.dtype in FLOATING else 0
         numel = next((packed[target] for target in targets if target in packed), numel)
         parameters += int(numel * left)
     active += parameters - expert_parameters
-    return ModelSizes(parameters, active, bytes_, multiply_adds + head_macs, expert_parameters)
+    macs_all = multiply_adds + head_macs
+    return ModelSizes(parameters, active, bytes_, macs_all, expert_parameters, expert_bytes)
 
 
 def terms_in(layer: nn.Module, site: BankSite) -> list[Term]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -116,7 +115,7 @@ def fields_of(comparison: Comparison) -> list[Field]:
         *_sizes(comparison),
         *_texts(comparison),
         *_tasks(comparison),
-        *_running(),
+        *_running(comparison.model.layers),
     ]
     subjects: list[Subject] = [original, *(row for row in comparison.rows if row.status == "ok")]
     return [
@@ -145,7 +144,12 @@ def leaders(
 ) -> set[tuple[str, str]]:
     """Which entries have the best figure of which column, as (key of the row, key of the field)."""
     found = set()
-    done = [entry for entry in entries if entry.done]
+    units = {budget.unit for budget in comparison.budgets}
+    done = [
+        entry
+        for entry in entries
+        if entry.done and (entry.row.budget is None or entry.row.budget.unit in units)
+    ]
     for field in fields:
         if field.better is None or field.part != "quality" or field.error is not None:
             continue  # figures with an error of their own are too noisy to be told apart
@@ -272,7 +276,7 @@ def _tasks(comparison: Comparison) -> list[Field]:
     ]
 
 
-def _running() -> list[Field]:
+def _running(layers: int) -> list[Field]:
     def speed(part: Literal["prefill", "decode"]) -> Value:
         def value(subject: Subject) -> float | None:
             found = getattr(subject.speed, part) if subject.speed else None
@@ -282,7 +286,7 @@ def _running() -> list[Field]:
 
     def error(subject: Subject) -> float | None:
         last = final_errors(subject) if isinstance(subject, Row) else {}
-        return statistics.fmean(last.values()) if last else None
+        return sum(last.values()) / layers if last else None
 
     def spent(subject: Subject) -> float | None:
         return subject.seconds.get("compress") if isinstance(subject, Row) else None

@@ -172,6 +172,8 @@ class LoadedComparison:
         if entry.budgets is not None:
             found = entry.budgets.each
         elif self.settings.budgets is not None:
+            if self._says_sizes(index):
+                return [None]
             found = self.settings.budgets.each
         else:
             source = self._recipes[index]
@@ -184,6 +186,14 @@ class LoadedComparison:
         if entry.unit is not None:
             found = [Budget(budget.remove, budget.of, entry.unit) for budget in found]
         return found
+
+    def _says_sizes(self, index: int) -> bool:
+        """Whether a row's steps need no budget: they say their sizes, or take none."""
+        try:
+            load_recipe(self._assemble(index, None, 0), (), self._registry)
+        except RecipeError:
+            return False  # it wants one, or is wrong: then it is refused with its budget as well
+        return True
 
     def _assemble(
         self, index: int, budget: Budget | None, seed: int, own: bool = False

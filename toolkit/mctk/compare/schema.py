@@ -20,7 +20,8 @@ class _Model(BaseModel):
 
 def _share(value: float) -> float:
     if not 0 < value < 1:
-        raise ValueError(f"{value} is no share; write it as 0.4")
+        meant = f"{value / 100:g}" if 1 <= value < 100 else "0.4"
+        raise ValueError(f"{value} is no share; write it as {meant}")
     return value
 
 
@@ -69,7 +70,8 @@ class RowEntry(_Model):
     steps: Any = Field(None, description="steps as in a recipe, where no recipe is named")
     allocate: Any = Field(None, description="as in a recipe; by default the comparison's")
     budgets: Budgets | Literal["none"] | None = Field(
-        None, description="its own budgets; none: its steps say their sizes"
+        None,
+        description="its own budgets; none (also where no step needs one): its steps say sizes",
     )
     unit: Literal["parameters", "bytes"] | None = Field(
         None,

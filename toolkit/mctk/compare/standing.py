@@ -102,8 +102,10 @@ def groups_of(comparison: Comparison) -> list[Group]:
     for budget in [*firsts, None]:
         entries = entries_of(comparison.at(budget))
         if entries:
-            best = None if budget is None else _lowest(comparison, entries)
-            tied = [] if best is None else [e for e in entries if _tied(comparison, best, e)]
+            # Rows whose budget counts bytes may store more parameters than the budget's: no rank.
+            equal = [e for e in entries if budget and _unit(e) == budget.unit]
+            best = _lowest(comparison, equal)
+            tied = [] if best is None else [e for e in equal if _tied(comparison, best, e)]
             found.append(Group(title_of(budget), budget, tuple(entries), best, tuple(tied)))
     return found
 
@@ -167,6 +169,10 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
         if not found or points[i][1] < points[found[-1]][1]:
             found.append(i)
     return found
+
+
+def _unit(entry: Entry) -> str | None:
+    return None if entry.row.budget is None else entry.row.budget.unit
 
 
 def _lowest(comparison: Comparison, entries: Iterable[Entry]) -> Entry | None:
