@@ -96,6 +96,17 @@ def test_a_row_is_a_recipe_of_its_own_steps_and_the_files_rest(load, tmp_path):
     assert again["steps"][0] == {"decompose": "svd", "options": {"rank_multiple": 2}}
 
 
+def test_a_row_whose_steps_say_their_sizes_stands_without_a_budget(load):
+    text = FILE.replace("    budgets: none\n", "").replace(
+        "[{decompose: svd}]", "[{decompose: svd, size: {rank: 8}}]", 1
+    )
+    loaded = load(text)
+    budgets = {name: [row.budget for row in loaded.rows if row.name == name] for name in
+               ("svd", "rounded", "other")}  # fmt: skip
+    assert budgets["svd"] == budgets["rounded"] == [None]
+    assert len(budgets["other"]) == 2
+
+
 def test_the_same_row_in_bytes(load):
     loaded = load()
     row = loaded.in_bytes(loaded.rows[0])

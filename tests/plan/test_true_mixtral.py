@@ -81,6 +81,7 @@ def test_mixtral_is_what_everyone_knows(mixtral, registry):
     assert sizes.expert_parameters == experts
     assert round(experts / GB, 1) == 45.1
     assert sizes.bytes == 2 * parameters
+    assert sizes.expert_bytes == 2 * experts
 
 
 @pytest.mark.parametrize("remove", [0.2, 0.4, 0.6])
@@ -90,6 +91,7 @@ def test_mixtral_by_svd_llm(mixtral, registry, remove):
     check_budget(plan, described, remove)
     planned = described["sizes"]["planned"]
     assert planned["bytes"] == 2 * planned["parameters"]  # plain storage: no positions
+    assert planned["expert_bytes"] == 2 * planned["expert_parameters"]
     # Two experts of eight are met, before and after; all else is as it was.
     gone = described["sizes"]["original"]["parameters"] - planned["parameters"]
     original = described["sizes"]["original"]
