@@ -9,7 +9,7 @@ import re
 
 import pytest
 from comparison_factory import METHODS, comparison
-from mctk.compare import tables
+from mctk.compare import raw, tables
 from mctk.compare.fields import fields_of, leaders, perplexity
 from mctk.compare.latex import escape
 from mctk.compare.result import Interval
@@ -110,7 +110,7 @@ def test_bold_figures_are_the_best_of_their_column(found):
 
 
 def test_csv_gives_every_figure_back(found):
-    lines = list(reader.DictReader(io.StringIO(tables.csv(found))))
+    lines = list(reader.DictReader(io.StringIO(raw.csv(found))))
     assert len(lines) == len(found.rows) + 1
     assert lines[0]["name"] == "original"
     for line, row in zip(lines[1:], found.rows, strict=True):
@@ -129,7 +129,7 @@ def test_csv_gives_every_figure_back(found):
 
 def test_csv_survives_commas_quotes_and_lines(found):
     row = dataclasses.replace(found.rows[0], label='a,"b"\nc')
-    text = tables.csv(dataclasses.replace(found, rows=[row]))
+    text = raw.csv(dataclasses.replace(found, rows=[row]))
     assert list(reader.DictReader(io.StringIO(text)))[1]["label"] == 'a,"b"\nc'
 
 
@@ -171,7 +171,7 @@ def test_seeds_are_shown_as_mean_and_spread():
     assert re.search(r"\| ★ [^|]+ \|[^\n]+ ± ", text)
     assert "mean ± standard deviation over 3 calibrations" in text
     assert "seeds 0, 1, 2: failed" in text
-    assert len(tables.csv(seeds).splitlines()) == 1 + 1 + 3 * 3 * len(METHODS) + 4
+    assert len(raw.csv(seeds).splitlines()) == 1 + 1 + 3 * 3 * len(METHODS) + 4
 
 
 def test_an_unfinished_comparison_says_so(found):
@@ -183,7 +183,7 @@ def test_an_unfinished_comparison_says_so(found):
     early = dataclasses.replace(found, rows=rows, finished=False)
     for text in (printed(early), tables.markdown(early)):
         assert "3 rows are pending" in text
-    tables.csv(early), tables.latex(early)
+    raw.csv(early), tables.latex(early)
 
 
 def test_figures_that_are_not_finite_are_shown_as_missing(found):
@@ -195,7 +195,7 @@ def test_figures_that_are_not_finite_are_shown_as_missing(found):
     broken = dataclasses.replace(found, rows=[dataclasses.replace(row, texts=texts), found.rows[3]])
     for text in (printed(broken), tables.markdown(broken), tables.latex(broken)):
         assert "nan" not in text.lower()
-    assert "perplexity" in tables.csv(broken)
+    assert "perplexity" in raw.csv(broken)
 
 
 def test_interval_without_bounds_is_a_number(found):

@@ -9,8 +9,9 @@ from .charts import available
 from .figures import write_figures
 from .latex import latex
 from .page import html
+from .raw import csv
 from .result import Comparison
-from .tables import csv, markdown
+from .tables import markdown
 
 
 def publish(comparison: Comparison, directory: Path) -> None:

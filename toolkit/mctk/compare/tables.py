@@ -1,15 +1,13 @@
-"""A comparison as tables: on a terminal, in Markdown, and every raw figure as CSV."""
+"""A comparison as tables: on a terminal and in Markdown."""
 
 from __future__ import annotations
 
-import csv as writer_of_csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..report.tables import NONE, Column, Table, document, fixed, section
-from .fields import Field, change_text, fields_of, final_errors, leaders
+from .fields import Field, change_text, fields_of, leaders
 from .latex import latex
 from .notes import (
     BEST,
@@ -23,13 +21,13 @@ from .notes import (
     protocol,
     standing,
 )
-from .result import Comparison, Interval, Original, Row
-from .standing import Entry, Group, Subject, frontier, groups_of, score
+from .result import Comparison, Interval, Original
+from .standing import Entry, Group, frontier, groups_of, score
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["csv", "latex", "markdown", "ordered", "terminal"]
+__all__ = ["latex", "markdown", "ordered", "terminal"]
 
 
 @dataclass(frozen=True)
@@ -307,90 +305,3 @@ def _command(comparison: Comparison) -> str:
 
 def _bullets(lines: Any) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-# --- CSV -----------------------------------------------------------------------------------------
-
-
-def csv(comparison: Comparison) -> str:
-    """Every raw figure, one line a row and seed, the original first; what is missing is empty."""
-    lines = [_raw(comparison, comparison.original)]
-    lines += [_raw(comparison, row) for row in comparison.rows]
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    buffer = io.StringIO()
-    writer = writer_of_csv.DictWriter(buffer, keys, restval="", lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow({k: "" if v is None else v for k, v in line.items()})
-    return buffer.getvalue()
-
-
-def _raw(comparison: Comparison, subject: Subject) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if isinstance(subject, Row):
-        budget = subject.budget
-        found |= {
-            "name": subject.name,
-            "label": subject.label,
-            "family": subject.family,
-            "chain": subject.chain,
-            "allocate": subject.allocate,
-            "propagate": subject.propagate,
-            "remove": budget.remove if budget else None,
-            "of": budget.of if budget else None,
-            "unit": budget.unit if budget else None,
-            "seed": subject.seed,
-            "status": subject.status,
-            "reason": subject.reason,
-            "output_kind": subject.output_kind,
-            "flags": "; ".join(flag.code for flag in subject.flags),
-            "scope_original": subject.scope.original if subject.scope else None,
-            "scope_allowed": subject.scope.allowed if subject.scope else None,
-            "scope_attained": subject.scope.attained if subject.scope else None,
-        }
-    else:
-        found |= {"name": "original", "label": "original", "status": "ok"}
-    for key in (
-        "parameters",
-        "active_parameters",
-        "bytes",
-        "macs_per_token",
-        "flops_per_token",
-        "expert_parameters",
-        "expert_bytes",
-    ):
-        found[key] = getattr(subject.sizes, key) if subject.sizes else None
-    for name, text in subject.texts.items():
-        found |= {
-            f"perplexity:{name}": text.perplexity,
-            f"nll:{name}": text.nll,
-            f"tokens:{name}": text.tokens,
-            **_interval(f"change:{name}", text.change),
-        }
-        if text.divergence:
-            found |= _interval(f"kl:{name}", text.divergence.kl)
-            found |= _interval(f"agreement:{name}", text.divergence.agreement)
-    if isinstance(subject, Row):
-        found["change"] = score(comparison, subject)
-    for name, task in subject.tasks.items():
-        found |= {
-            f"task:{name}": task.value,
-            f"stderr:{name}": task.stderr,
-            f"chance:{name}": task.chance,
-        }
-    if subject.average:
-        found |= {"average": subject.average.value, "average_chance": subject.average.chance}
-    if subject.speed:
-        found |= _interval("prefill", subject.speed.prefill)
-        found |= _interval("decode", subject.speed.decode)
-    found["peak_memory_bytes"] = subject.peak_memory_bytes
-    if isinstance(subject, Row):
-        found |= {f"seconds:{what}": value for what, value in subject.seconds.items()}
-        found |= {f"layer_error:{k}": v for k, v in final_errors(subject).items()}
-    return found
-
-
-def _interval(key: str, found: Interval | None) -> dict[str, Any]:
-    if found is None:
-        return {}
-    return {key: found.value, f"{key}:low": found.low, f"{key}:high": found.high}

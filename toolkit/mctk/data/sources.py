@@ -122,7 +122,7 @@ class Source(BaseModel):
                     break
             else:
                 what = "no file matches" if has_magic(pattern) else "there is no file"
-                places = " or ".join(str(root.resolve()) for root in roots)
+                places = " or ".join(dict.fromkeys(str(root.resolve()) for root in roots))
                 raise UserError(f"text: {what} '{pattern}' in {places}")
             found |= matched
         for file in sorted(found):

@@ -53,8 +53,8 @@ def whole(value: Any) -> str:
 
 
 def fixed(decimals: int, sign: bool = False) -> Format:
-    """A format with a fixed number of decimals, with a plus sign if asked."""
-    spec = f"{'+' if sign else ''}.{decimals}f"
+    """A format with a fixed number of decimals, with a plus sign if asked; no minus before 0."""
+    spec = f"{'+' if sign else ''}z.{decimals}f"
     return lambda value: format(value, spec) if _numeric(value) else NONE
 
 
