@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from mctk.compare.file import LoadedComparison
+    from mctk.registry import Registry
 
 EPILOG = """\b
 Examples:
   mctk compare recipes/compare_demo.yaml
   mctk compare recipes/svdllm_demo.yaml recipes/d2moe_demo.yaml --remove 0.2,0.4,0.6
   mctk compare recipes/compare_demo.yaml --set budgets.remove=[0.5] --output runs/half
+  mctk compare recipes/compare_mixtral.yaml --plan
 
 \b
 A comparison's file names a model, a calibration, budgets, what to evaluate, and rows: recipes, or
@@ -84,6 +90,12 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 @click.option(
     "--cache", help="Statistics cache (default: $MCTK_CACHE, or mctk in your cache directory)."
 )
+@click.option(
+    "--plan",
+    "only_plan",
+    is_flag=True,
+    help="Print what each row will store, or why it is refused, and stop; reads headers only.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress; the table is still printed.")
 @click.option("--json", "as_json", is_flag=True, help="Print comparison.json instead of tables.")
 def command(
@@ -92,6 +104,7 @@ def command(
     overrides: tuple[str, ...],
     jobs: int | None,
     cache: str | None,
+    only_plan: bool,
     quiet: bool,
     as_json: bool,
     **flags: Any,
@@ -106,6 +119,9 @@ def command(
 
     registry = load_plugins()
     loaded = load_comparison(files, overrides, registry, remove, **flags)
+    if only_plan:
+        _print_plan(loaded, registry, as_json)
+        return
     reporter = None
     if not quiet:
         from mctk.engine.progress import Reporter
@@ -132,4 +148,31 @@ def command(
     for row in bad:
         click.echo(f"{row.key}: {row.status}: {row.reason}", err=True)
     if bad:
+        click.get_current_context().exit(1)
+
+
+def _print_plan(loaded: LoadedComparison, registry: Registry, as_json: bool) -> None:
+    """Prints every row's plan; exits with 1 if one is refused."""
+    from mctk.cli.tables import print_table
+    from mctk.compare.planning import preview
+    from mctk.report.tables import count, percent, size
+
+    found = list(preview(loaded, registry))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in found], indent=2))
+    else:
+        rows = []
+        for row in found:
+            after = row.planned or {}
+            kept = None
+            if row.planned and row.original:
+                kept = row.planned["parameters"] / row.original["parameters"]
+            asked = f"-{100 * row.budget.remove:g} % {row.budget.unit}" if row.budget else ""
+            figures = [count(after.get("parameters")), percent(kept), size(after.get("bytes"))]
+            rows.append([row.name, asked, *figures, "; ".join(row.remarks)])
+        print_table(["row", "asked", "parameters", "kept", "bytes", "remarks"], rows)
+        click.echo(
+            "\n—: data decide the size, within the budget. Memory and disk: mctk plan RECIPE"
+        )
+    if any(row.refused for row in found):
         click.get_current_context().exit(1)

@@ -52,6 +52,11 @@ class RowSpec:
     seed: int
     settled: bool
 
+    @property
+    def undecided(self) -> bool:
+        """Whether it is left to the row's terms what its budget counts."""
+        return self.budget is not None and not self.settled and self.budget.unit == "parameters"
+
     def called(self, budget: Budget | None) -> tuple[str, str]:
         """Name and label of the row that has come to stand at a budget.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -11,6 +13,9 @@ from .rows import asked_row
 
 if TYPE_CHECKING:
     from ..engine import Reporter
+    from ..registry import Registry
+    from .file import LoadedComparison
+    from .result import Budget
     from .run import Session, Slot
 
 PLAIN = 0.02  # how far a row's bytes may be from its elements' for its budget to count elements
@@ -46,10 +51,66 @@ def plan_rows(session: Session, reporter: Reporter) -> Plan:
     return some
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a row would be, from config.json and headers.
+
+    Attributes:
+        name: Of the row.
+        budget: What it is asked; None if its steps say their sizes.
+        seed: Of its calibration.
+        refused: Whether the plan refuses it.
+        original: The original's sizes by name.
+        planned: The row's; None where data decide them.
+        remarks: Why it is refused, or the plan's warnings.
+    """
+
+    name: str
+    budget: Budget | None
+    seed: int
+    refused: bool = False
+    original: dict[str, int] | None = None
+    planned: dict[str, int] | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def preview(loaded: LoadedComparison, registry: Registry) -> Iterator[Preview]:
+    """Plans every row of a comparison, and writes nothing.
+
+    Args:
+        loaded: The comparison.
+        registry: The plugins.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    device = resolve_device(loaded.rows[0].recipe.device)
+    other: Plan | None = None
+    for spec in loaded.rows:
+        try:
+            plan = make_plan(
+                spec.recipe, registry, device, other.model if other else None, weights=False
+            )
+            if spec.undecided and not _plain(plan):
+                spec = loaded.in_bytes(spec)
+                plan = make_plan(spec.recipe, registry, device, plan.model, weights=False)
+            waits = plan.pending or plan.needs_curves
+            sizes = None if waits else plan.predict(plan.solve())
+        except UserError as error:
+            remarks = [f"refused: {error}"]
+            yield Preview(spec.name, spec.budget, spec.seed, refused=True, remarks=remarks)
+            continue
+        other = other or plan
+        original, planned = plan.original.as_dict(), sizes.as_dict() if sizes else None
+        yield Preview(
+            spec.name, spec.budget, spec.seed, False, original, planned, list(plan.warnings)
+        )
+
+
 def _plan_row(session: Session, slot: Slot, device: str, other: Plan | None) -> Plan:
     model = other.model if other is not None else None
     plan = make_plan(slot.spec.recipe, session.registry, device, model)
-    if session.undecided(slot.spec):
+    if slot.spec.undecided:
         in_bytes = not _plain(plan)
         session.decide(slot, in_bytes)
         if in_bytes:

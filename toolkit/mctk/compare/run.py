@@ -62,7 +62,7 @@ class Session:
         self.original: Original | None = store.original(self.evaluated)
         self.slots = [Slot(spec) for spec in loaded.rows]
         for slot in self.slots:
-            known = self.undecided(slot.spec) and self.store.memory.get(self._unit_key(slot.spec))
+            known = slot.spec.undecided and self.store.memory.get(self._unit_key(slot.spec))
             if known == "bytes":
                 slot.spec = self.loaded.in_bytes(slot.spec)
             self.take_up(slot)
@@ -83,10 +83,6 @@ class Session:
         """What figures show of the original."""
         return self.store.structure(self.evaluated)
 
-    def undecided(self, spec: RowSpec) -> bool:
-        """Whether it is left to the row's terms what its budget counts."""
-        return spec.budget is not None and not spec.settled and spec.budget.unit == "parameters"
-
     def decide(self, slot: Slot, in_bytes: bool) -> None:
         """Settles what a row's budget counts, and remembers it."""
         self.store.memory.put(self._unit_key(slot.spec), "bytes" if in_bytes else "parameters")
@@ -102,7 +98,7 @@ class Session:
         spec = slot.spec
         slot.identity = row_identity(spec, self.inputs)
         slot.key = row_key(spec, len(self.loaded.settings.seeds), slot.identity)
-        if self.undecided(spec) and self.store.memory.get(self._unit_key(spec)) is None:
+        if spec.undecided and self.store.memory.get(self._unit_key(spec)) is None:
             return
         row = self.store.row(slot.key, slot.identity, self.evaluated)
         if row is not None:  # names may have changed since
