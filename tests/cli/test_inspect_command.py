@@ -58,7 +58,7 @@ def test_a_compressed_checkpoint(mctk, compressed):
     assert found["sizes"] == metrics["sizes"]["attained"]
     assert sum(found["parts"].values()) == found["sizes"]["parameters"]
     code, out, _ = mctk("inspect", compressed)
-    assert code == 0 and "compressed, format 1, by decompose/svd v1" in out
+    assert code == 0 and "compressed, format 2, by decompose/svd v1" in out
     rows = [line for line in out.splitlines() if " experts.gate " in line]
     assert [row.split()[0] for row in rows] == ["0", "1-2"]
     each = mctk("inspect", compressed, "--layers")[1]
