@@ -56,10 +56,10 @@ lint: $(VENV)/.test
 # A process for each core, one thread each: the tests' matrices are too small for more.
 test test-slow: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 test-slow: lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --slow
+	$(BIN)/python -m pytest -q -n logical --dist loadfile --slow
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix

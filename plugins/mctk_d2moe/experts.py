@@ -1,90 +1,30 @@
-"""The experts' banks as a merge finds them, and as it leaves them."""
+"""The experts' banks as a merge finds them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mctk.decompose import own_matrices, part_of
 from mctk.errors import UserError
 
 if TYPE_CHECKING:
     from mctk.hookspecs import Layer
-    from mctk.terms import Bank, Bias, Dense, Term
+    from mctk.terms import Bank, Dense
     from torch import Tensor
 
 
-def part_of(name: str) -> str:
-    """Returns gate, up or down for ``experts.gate`` ..."""
-    return name.rsplit(".", 1)[-1]
-
-
-def own_matrices(bank: Bank) -> Dense:
+def several_matrices(bank: Bank) -> Dense:
     """Returns the term with the experts' own matrices.
 
     Raises:
-        UserError: Another step has rewritten them.
+        UserError: Another step has rewritten them, or there is only one.
     """
-    from mctk.terms import Bias, Dense
-
-    rest = [term for term in bank.terms if not isinstance(term, Bias)]
-    own = list(range(bank.shape.members))
-    if len(rest) == 1 and isinstance(rest[0], Dense):
-        term = rest[0]
-        if list(term.slots) == own and term.rows is None and term.cols is None:
-            if len(own) < 2:
-                raise UserError(
-                    f"{bank.name} of layer {bank.layer} has one member: merge needs two"
-                )
-            return term
-    raise UserError(
-        f"{bank.name} of layer {bank.layer} was rewritten by a step before: merge comes first"
-    )
+    term = own_matrices(bank)
+    if bank.shape.members < 2:
+        raise UserError(f"{bank.name} of layer {bank.layer} has one member: merge needs two")
+    return term
 
 
 def weights(layer: Layer) -> dict[str, Tensor]:
     """Returns the experts' matrices by part, each ``[E, out, in]``."""
-    return {part_of(name): own_matrices(bank).weight for name, bank in layer.items()}
-
-
-def split_terms(
-    bank: Bank,
-    slots: Sequence[int],
-    bases: Tensor,
-    residual: Tensor,
-    order: Tensor | None,
-) -> list[Term]:
-    """Returns the bank as bases and residuals, then its biases.
-
-    Args:
-        bank: The bank as the merge found it.
-        slots: The base of each expert.
-        bases: ``[n, out, in]``.
-        residual: ``[E, out, in]``.
-        order: The neurons' new order ``[E, I]`` where they moved.
-    """
-    from mctk.terms import Bias, Dense
-
-    terms: list[Term] = [
-        Dense(bank.shape, slots, bases),
-        Dense(bank.shape, range(bank.shape.members), residual),
-    ]
-    stays = order is None or part_of(bank.name) == "down"
-    for term in bank.terms:
-        if isinstance(term, Bias):
-            terms.append(term if stays or order is None else _reordered(term, order))
-    return terms
-
-
-def _reordered(term: Bias, order: Tensor) -> Bias:
-    """Returns biases of gate or up with a slot for each expert that has one, in the new order."""
-    import torch
-    from mctk.terms import Bias
-
-    vectors: list[Tensor] = []
-    slots: list[int | None] = []
-    for e in range(term.shape.members):
-        vector = term.materialise(e)[1]
-        slots.append(None if vector is None else len(vectors))
-        if vector is not None:
-            vectors.append(vector[order[e].to(vector.device)])
-    return Bias(term.shape, slots, torch.stack(vectors))
+    return {part_of(name): several_matrices(bank).weight for name, bank in layer.items()}

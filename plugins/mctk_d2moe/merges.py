@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mctk.decompose import part_of
 from pydantic import Field
 
-from mctk_d2moe.experts import part_of
 from mctk_d2moe.merging import Merge, MergeOptions, seed_of
 
 if TYPE_CHECKING:

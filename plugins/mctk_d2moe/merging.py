@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mctk.decompose import moment_side
+from mctk.decompose import base_and_residuals, moment_side, part_of
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from pydantic import Field, model_validator
 
-from mctk_d2moe.experts import own_matrices, part_of, split_terms, weights
+from mctk_d2moe.experts import several_matrices, weights
 
 if TYPE_CHECKING:
     from mctk.hookspecs import Layer, Terms
@@ -139,7 +139,7 @@ class Merge(Method):
         for name, bank in banks.items():
             out, into = bank.shape.out_features, bank.shape.in_features
             neurons = into if part_of(name) == "down" else out
-            result[name] = split_terms(
+            result[name] = base_and_residuals(
                 bank,
                 slots,
                 torch.empty(options.bases, out, into, device="meta"),
@@ -162,12 +162,12 @@ class Merge(Method):
         result: dict[str, list[Term]] = {}
         for name, bank in layer.items():
             part = part_of(name)
-            weight = reorder(own_matrices(bank).weight, part, plan.order)
+            weight = reorder(several_matrices(bank).weight, part, plan.order)
             bases = self._bases(bank, weight, statistics, plan, options)
             residual = torch.empty_like(weight, dtype=torch.float32)
             for e, slot in enumerate(plan.slots):
                 torch.sub(weight[e].float(), bases[slot], out=residual[e])
-            result[name] = split_terms(bank, plan.slots, bases, residual, plan.order)
+            result[name] = base_and_residuals(bank, plan.slots, bases, residual, plan.order)
         return result
 
     def _bases(
@@ -222,7 +222,7 @@ class Merge(Method):
         one = self._arrange(layer, statistics, None, 1, options)
         parts = []
         for name, bank in layer.items():
-            weight = reorder(own_matrices(bank).weight, part_of(name), one.order)
+            weight = reorder(several_matrices(bank).weight, part_of(name), one.order)
             if options.similarity == "weight":
                 parts.append(differences(weight))
             elif part_of(name) != "down":
@@ -282,7 +282,7 @@ class Merge(Method):
             if not _is_judged(name, bank.shape):
                 continue
             part = part_of(name)
-            weight = reorder(own_matrices(bank).weight, part, plan.order)
+            weight = reorder(several_matrices(bank).weight, part, plan.order)
             moment = statistics[SecondMoment(name, "input")].value
             if part == "down":
                 moment = reorder_moment(moment, plan.order)
@@ -352,7 +352,7 @@ def _check(layer: Layer, options: MergeOptions) -> int:
     place, experts = f"layer {first.layer}", first.shape.members
     parts = {part_of(name) for name in layer}
     for bank in layer.values():
-        own_matrices(bank)
+        several_matrices(bank)
         if bank.shape.members != experts:
             raise UserError(
                 f"{bank.name} of {place} has {bank.shape.members} members, {first.name} {experts}: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mctk.decompose import part_of
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from pydantic import Field, model_validator
@@ -151,7 +152,7 @@ def _bases(layer: Layer) -> dict[str, Dense]:
     """
     from mctk.terms import Dense
 
-    names = {name.rsplit(".", 1)[-1]: name for name in layer}
+    names = {part_of(name): name for name in layer}
     first = next(iter(layer.values()))
     place = f"layer {first.layer}"
     if not {"up", "down"} <= set(names) <= set(PARTS):
@@ -250,7 +251,7 @@ def _pruned(
     drop = _dropped(chosen.shape[1], channels, options)
     result: dict[str, list[Term]] = {}
     for name, bank in layer.items():
-        part = name.rsplit(".", 1)[-1]
+        part = part_of(name)
         base = bases[part]
         if chosen.shape[1] == channels and not drop:
             result[name] = list(bank.terms)

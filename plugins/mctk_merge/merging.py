@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mctk.decompose import own_matrices, part_of
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from mctk.notes import note
@@ -169,7 +170,7 @@ def _orders(layer: Layer, groups: Sequence[Sequence[int]], frequency: Sequence[i
     from mctk.linalg import orders
 
     anchors = [max(group, key=lambda e: (frequency[e], -e)) for group in groups]
-    weights = {_part(name): _matrices(bank).weight for name, bank in layer.items()}
+    weights = {part_of(name): _matrices(bank).weight for name, bank in layer.items()}
     return orders(weights, groups, anchors)
 
 
@@ -180,14 +181,10 @@ def _ordered(term: Term, name: str, order: Tensor | None) -> Tensor:
 
     stack = _stack(term)
     if order is None or not isinstance(term, Bias):
-        return reorder(stack, _part(name), order)
-    if _part(name) == "down":
+        return reorder(stack, part_of(name), order)
+    if part_of(name) == "down":
         return stack  # down's biases belong to hidden channels
     return stack.gather(1, order.to(stack.device))
-
-
-def _part(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def _stack(term: Term) -> Tensor:
@@ -208,24 +205,23 @@ def _matrices(bank: Bank) -> Dense:
     """The term with the experts' own matrices.
 
     Raises:
-        UserError: A step before has rewritten them or their biases.
+        UserError: A step before has rewritten or packed them or their biases.
     """
     from mctk.terms import Bias, Dense
 
-    own = tuple(range(bank.shape.members))
-    found = [term for term in bank.terms if type(term) is Dense]
+    found = own_matrices(bank)
     plain = all(
         type(term) in (Dense, Bias)
         and set(term.tensors()) <= {"weight", "vector"}
-        and term.slots == own
-        and _stack(term).shape[0] == len(own)
+        and term.slots == found.slots
+        and _stack(term).shape[0] == bank.shape.members
         for term in bank.terms
     )
-    if len(found) != 1 or not plain:
+    if not plain:
         raise UserError(
             f"{bank.name} of layer {bank.layer} was rewritten by a step before: merge comes first"
         )
-    return found[0]
+    return found
 
 
 def _experts(banks: Mapping[str, Bank]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from mctk.hookspecs import Method
@@ -34,9 +35,9 @@ class Selection(Method):
         """What the scores, and what takes an expert's place, are made of."""
         return []
 
+    @abstractmethod
     def scores(self, layer: int, experts: int, statistics: Any, options: Any) -> Tensor:
         """Scores of the E experts of a layer, float64 [E], none of them negative."""
-        raise NotImplementedError
 
     def groups(self, banks: Layer) -> int:
         """Of how many runs of experts equally many have to stay."""

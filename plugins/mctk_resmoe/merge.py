@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mctk.decompose import base_and_residuals, own_matrices, part_of
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from mctk.notes import note
@@ -11,7 +12,7 @@ from pydantic import Field
 
 if TYPE_CHECKING:
     from mctk.hookspecs import Layer, Terms
-    from mctk.terms import Bank, Bias, Dense, Term
+    from mctk.terms import Bank, Dense, Term
     from torch import Tensor
 
     from mctk_resmoe.barycenter import Barycenter
@@ -59,9 +60,10 @@ class Wasserstein(Method):
         result: dict[str, list[Term]] = {}
         for name, bank in banks.items():
             out, into = bank.shape.out_features, bank.shape.in_features
-            neurons = into if _part(name) == "down" else out
-            result[name] = _split(
+            neurons = into if part_of(name) == "down" else out
+            result[name] = base_and_residuals(
                 bank,
+                [0] * experts,
                 torch.empty(1, out, into, device="meta"),
                 torch.empty(experts, out, into, device="meta"),
                 torch.empty(experts, neurons, dtype=torch.long, device="meta"),
@@ -77,17 +79,18 @@ class Wasserstein(Method):
         from mctk_resmoe.barycenter import aligned
 
         _check(layer, options)
-        experts = {_part(name): own_matrices(bank).weight for name, bank in layer.items()}
+        experts = {part_of(name): _plain_matrices(bank).weight for name, bank in layer.items()}
         found = _barycenter(layer, experts, options)
         _tell(experts, found)
         result: dict[str, list[Term]] = {}
         for name, bank in layer.items():
-            part = _part(name)
+            part = part_of(name)
             base, weight = found.support[part], experts[part]
             residual = torch.empty_like(weight, dtype=torch.float32)
             for e in range(weight.shape[0]):
                 torch.sub(aligned(weight, part, found.order, e).float(), base, out=residual[e])
-            result[name] = _split(bank, base[None], residual, found.order)
+            slots = [0] * weight.shape[0]
+            result[name] = base_and_residuals(bank, slots, base[None], residual, found.order)
         return result
 
 
@@ -116,25 +119,17 @@ def _tell(experts: dict[str, Tensor], found: Barycenter) -> None:
     note(f"barycenter from expert {found.start}: objective after each iteration {path}{share}")
 
 
-def _part(name: str) -> str:
-    """Gate, up or down for ``experts.gate`` ..."""
-    return name.rsplit(".", 1)[-1]
-
-
-def own_matrices(bank: Bank) -> Dense:
+def _plain_matrices(bank: Bank) -> Dense:
     """Returns the term with the experts' own matrices.
 
     Raises:
-        UserError: Another step has rewritten them.
+        UserError: Another step has rewritten or packed them.
     """
-    from mctk.terms import Bias, Dense
+    from mctk.terms import Dense
 
-    rest = [term for term in bank.terms if not isinstance(term, Bias)]
-    own = list(range(bank.shape.members))
-    if len(rest) == 1 and type(rest[0]) is Dense and list(rest[0].slots) == own:
-        term = rest[0]
-        if term.rows is None and term.cols is None and term.unpacked() is term:
-            return term
+    term = own_matrices(bank)
+    if type(term) is Dense and term.unpacked() is term:
+        return term
     raise UserError(
         f"{bank.name} of layer {bank.layer} was rewritten by a step before: merge comes first"
     )
@@ -147,7 +142,7 @@ def _check(layer: Layer, options: WassersteinOptions) -> int:
         UserError: They were rewritten before, there is only one, or `start` is none of them.
     """
     for bank in layer.values():
-        own_matrices(bank)
+        _plain_matrices(bank)
     first = next(iter(layer.values()))
     experts = first.shape.members
     if experts < 2:
@@ -158,38 +153,3 @@ def _check(layer: Layer, options: WassersteinOptions) -> int:
             "write one of them, or all"
         )
     return experts
-
-
-def _split(bank: Bank, base: Tensor, residual: Tensor, order: Tensor) -> list[Term]:
-    """Returns a bank as base and residuals, then its biases.
-
-    Args:
-        bank: As the merge found it.
-        base: ``[1, out, in]``.
-        residual: ``[E, out, in]``.
-        order: The neurons' new order ``[E, I]``.
-    """
-    from mctk.terms import Bias, Dense
-
-    members = bank.shape.members
-    terms: list[Term] = [
-        Dense(bank.shape, [0] * members, base),
-        Dense(bank.shape, range(members), residual),
-    ]
-    for term in bank.terms:
-        if isinstance(term, Bias):
-            terms.append(term if _part(bank.name) == "down" else _reordered(term, order))
-    return terms
-
-
-def _reordered(term: Bias, order: Tensor) -> Bias:
-    """Returns biases of gate or up in the new order, with a slot for each expert."""
-    import torch
-    from mctk.terms import Bias
-
-    vectors = []
-    for e in range(term.shape.members):
-        vector = term.materialise(e)[1]
-        assert vector is not None  # the original's: every expert has its own
-        vectors.append(vector[order[e].to(vector.device)])
-    return Bias(term.shape, range(term.shape.members), torch.stack(vectors))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from mctk import decompose
-from mctk.decompose import LowRankOptions
+from mctk.decompose import LowRankOptions, part_of
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from pydantic import Field
@@ -100,7 +100,7 @@ class UnstructuredPruning(Method):
         kept = [largest(parts, count, unit) for parts in _by_slot(residuals)]
         result: dict[str, list[Term]] = {}
         for name, dense in residuals.items():
-            mask = torch.stack([masks[_part(name)] for masks in kept])
+            mask = torch.stack([masks[part_of(name)] for masks in kept])
             result[name] = _replaced(layer[name], dense, _sparse(dense, mask, options))
         return result
 
@@ -164,7 +164,7 @@ class JointSvd(Method):
             found.append(factors_by_part(left, right, parts))
         result: dict[str, list[Term]] = {}
         for name, dense in residuals.items():
-            own = [factors[_part(name)] for factors in found]
+            own = [factors[part_of(name)] for factors in found]
             term = LowRank(
                 dense.shape,
                 dense.slots,
@@ -175,11 +175,6 @@ class JointSvd(Method):
             stored: Term = term.pivot() if options.storage == "pivoted" else term
             result[name] = _replaced(layer[name], dense, [stored])
         return result
-
-
-def _part(name: str) -> str:
-    """Gate, up or down for ``experts.gate`` ..."""
-    return name.rsplit(".", 1)[-1]
 
 
 def _place(layer: Layer) -> str:
@@ -212,7 +207,7 @@ def _entries(residuals: dict[str, Dense]) -> int:
 def _by_slot(residuals: dict[str, Dense]) -> Iterator[dict[str, Tensor]]:
     """Yields each expert's matrices by part, float32."""
     for slot in range(_slots(residuals)):
-        yield {_part(name): dense.weight[slot].float() for name, dense in residuals.items()}
+        yield {part_of(name): dense.weight[slot].float() for name, dense in residuals.items()}
 
 
 def _checked(layer: Layer, size: int | None, most: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,11 +28,11 @@ class _Svd(Method):
     units = "score"
     _ordered: Literal["", "out", "in"] = ""  # the side of a bank whose channels are weighed
 
+    @abstractmethod
     def _parts(
         self, bank: Bank, dense: Dense, statistics: Any, options: Any
     ) -> Iterator[Truncatable]:
         """A decomposition for each slot of the term."""
-        raise NotImplementedError
 
     def sizes(self, banks: Layer, options: LowRankOptions) -> tuple[list[int], list[int]]:
         """All ranks, then dense."""

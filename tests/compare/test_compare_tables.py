@@ -99,7 +99,7 @@ def test_the_retained_share_is_one_for_the_original_and_none_at_chance(found):
 def test_bold_figures_are_the_best_of_their_column(found):
     fields = fields_of(found)
     for group in groups_of(found):
-        best = leaders(found, fields, group.entries)
+        best = leaders(fields, group.entries)
         keys = {key for _, key in best}
         assert "change" in keys and not any(key.startswith("task:") for key in keys)
         for row, key in best:

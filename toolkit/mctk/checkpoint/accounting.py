@@ -284,9 +284,10 @@ def count(
         multiply_adds += sum(layer_macs(layer, now, k).values())
         for name, site in sites.items():
             routed = site.part != "linear"
-            module = f"{layers_path}.{index}.{site.module}"
-            own = {f"{module}.{tensor}" for tensor in own_tensors(layer, site)}
-            routed_tensors |= own if routed else set()
+            if routed or name in new:
+                module = f"{layers_path}.{index}.{site.module}"
+                own = {f"{module}.{tensor}" for tensor in own_tensors(layer, site)}
+                routed_tensors |= own if routed else set()
             if name in new:
                 gone |= own
                 parameters += sum(term.parameters() for term in new[name])

@@ -139,17 +139,10 @@ def change_text(comparison: Comparison, entry: Entry) -> str:
     return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
 
 
-def leaders(
-    comparison: Comparison, fields: Iterable[Field], entries: Iterable[Entry]
-) -> set[tuple[str, str]]:
+def leaders(fields: Iterable[Field], entries: Iterable[Entry]) -> set[tuple[str, str]]:
     """Which entries have the best figure of which column, as (key of the row, key of the field)."""
     found = set()
-    units = {budget.unit for budget in comparison.budgets}
-    done = [
-        entry
-        for entry in entries
-        if entry.done and (entry.row.budget is None or entry.row.budget.unit in units)
-    ]
+    done = [entry for entry in entries if entry.done]
     for field in fields:
         if field.better is None or field.part != "quality" or field.error is not None:
             continue  # figures with an error of their own are too noisy to be told apart

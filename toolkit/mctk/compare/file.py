@@ -177,7 +177,7 @@ class LoadedComparison:
         if entry.budgets is not None:
             found = entry.budgets.each
         elif self.settings.budgets is not None:
-            if self._says_sizes(index):
+            if entry.unit is None and self._says_sizes(index):
                 return [None]
             found = self.settings.budgets.each
         else:

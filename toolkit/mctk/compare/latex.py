@@ -87,7 +87,7 @@ def _table(
     first = ["original", *(field.of_original(comparison.original) for field in fields)]
     body = [" & ".join(map(escape, first)) + r" \\"]
     for group in groups:
-        best = leaders(comparison, fields, group.entries)
+        best = leaders(fields, group.ranked)
         body.append(r"\midrule")
         body.append(rf"\multicolumn{{{len(fields) + 1}}}{{l}}{{\emph{{{escape(group.title)}}}}} \\")
         for entry in sorted(group.entries, key=lambda e: _place(comparison, e)):

@@ -132,7 +132,7 @@ def _board(comparison: Comparison, groups: Sequence[Group], fields: Sequence[Fie
     bodies = [_top(comparison, fields)]
     edge, known = on_frontier(comparison), looks(comparison.rows)
     for number, group in enumerate(groups):
-        best = leaders(comparison, fields, group.entries)
+        best = leaders(fields, group.ranked)
         lines = [
             f'<tr class="group"><th scope="rowgroup" colspan="{len(fields) + 1}">'
             f"<span>{escape(group.title)}</span></th></tr>"

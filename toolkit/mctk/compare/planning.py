@@ -14,7 +14,7 @@ from .rows import asked_row
 if TYPE_CHECKING:
     from ..engine import Reporter
     from ..registry import Registry
-    from .file import LoadedComparison
+    from .file import LoadedComparison, RowSpec
     from .result import Budget
     from .run import Session, Slot
 
@@ -88,12 +88,7 @@ def preview(loaded: LoadedComparison, registry: Registry) -> Iterator[Preview]:
     other: Plan | None = None
     for spec in loaded.rows:
         try:
-            plan = make_plan(
-                spec.recipe, registry, device, other.model if other else None, weights=False
-            )
-            if spec.undecided and not _plain(plan):
-                spec = loaded.in_bytes(spec)
-                plan = make_plan(spec.recipe, registry, device, plan.model, weights=False)
+            spec, plan = _plan_spec(loaded, spec, registry, device, other, weights=False)
             waits = plan.pending or plan.needs_curves
             sizes = None if waits else plan.predict(plan.solve())
         except UserError as error:
@@ -108,14 +103,27 @@ def preview(loaded: LoadedComparison, registry: Registry) -> Iterator[Preview]:
 
 
 def _plan_row(session: Session, slot: Slot, device: str, other: Plan | None) -> Plan:
-    model = other.model if other is not None else None
-    plan = make_plan(slot.spec.recipe, session.registry, device, model)
-    if slot.spec.undecided:
-        in_bytes = not _plain(plan)
-        session.decide(slot, in_bytes)
-        if in_bytes:
-            plan = make_plan(slot.spec.recipe, session.registry, device, plan.model)
+    asked = slot.spec
+    spec, plan = _plan_spec(session.loaded, asked, session.registry, device, other)
+    if asked.undecided:
+        session.decide(slot, spec is not asked)
     return plan
+
+
+def _plan_spec(
+    loaded: LoadedComparison,
+    spec: RowSpec,
+    registry: Registry,
+    device: str,
+    other: Plan | None,
+    weights: bool = True,
+) -> tuple[RowSpec, Plan]:
+    """A row's plan, and the row as it came to be: one whose bytes are not plain counts those."""
+    plan = make_plan(spec.recipe, registry, device, other.model if other else None, weights)
+    if spec.undecided and not _plain(plan):
+        spec = loaded.in_bytes(spec)
+        plan = make_plan(spec.recipe, registry, device, plan.model, weights)
+    return spec, plan
 
 
 def _plain(plan: Plan) -> bool:

@@ -68,13 +68,16 @@ class Group:
         title: The budget in words.
         budget: None: rows whose size follows from their steps.
         entries: In the order of the file.
-        best: The lowest score; None without a budget, or where nothing has one.
+        ranked: Those whose sizes the budget makes comparable. A row whose budget counts bytes may
+            store more parameters than a budget of parameters allows.
+        best: The lowest score among them; None without a budget, or where nothing has one.
         tied: Entries that the windows (or the seeds) cannot tell from the best.
     """
 
     title: str
     budget: Budget | None
     entries: tuple[Entry, ...]
+    ranked: tuple[Entry, ...]
     best: Entry | None
     tied: tuple[Entry, ...]
 
@@ -102,11 +105,12 @@ def groups_of(comparison: Comparison) -> list[Group]:
     for budget in [*firsts, None]:
         entries = entries_of(comparison.at(budget))
         if entries:
-            # Rows whose budget counts bytes may store more parameters than the budget's: no rank.
-            equal = [e for e in entries if budget and _unit(e) == budget.unit]
-            best = _lowest(comparison, equal)
-            tied = [] if best is None else [e for e in equal if _tied(comparison, best, e)]
-            found.append(Group(title_of(budget), budget, tuple(entries), best, tuple(tied)))
+            ranked = [e for e in entries if budget is None or _unit(e) == budget.unit]
+            best = None if budget is None else _lowest(comparison, ranked)
+            tied = [] if best is None else [e for e in ranked if _tied(comparison, best, e)]
+            found.append(
+                Group(title_of(budget), budget, tuple(entries), tuple(ranked), best, tuple(tied))
+            )
     return found
 
 

@@ -123,7 +123,7 @@ def terminal(comparison: Comparison, console: Console | None = None) -> None:
     original, guess = original_cells(fields, comparison.original), chance_cells(fields)
     parts: list[tuple[Group, list[tuple[str, list[Cell]]]]] = []
     for group in groups:
-        best = leaders(comparison, fields, group.entries)
+        best = leaders(fields, group.ranked)
         lines = []
         for entry in ordered(comparison, group):
             name = name_of(group, entry, edge)
@@ -231,7 +231,7 @@ def _lead(comparison: Comparison, group: Group) -> str:
 def _group_table(
     comparison: Comparison, group: Group, fields: Sequence[Field], edge: set[str]
 ) -> str:
-    best = leaders(comparison, fields, group.entries)
+    best = leaders(fields, group.ranked)
     columns = [Column("name", "", left=True), *(Column(f.key, f.heading) for f in fields)]
     lines = [("original", original_cells(fields, comparison.original))]
     guess = chance_cells(fields)

@@ -1,4 +1,4 @@
-"""What methods that decompose a bank into low-rank factors share."""
+"""What methods share that decompose a bank into low-rank factors, or merge one for that."""
 
 from .lowrank import (
     LowRankOptions,
@@ -12,6 +12,7 @@ from .lowrank import (
     sizes,
     tail_errors,
 )
+from .merged import base_and_residuals, own_matrices, part_of
 from .moments import (
     MomentOptions,
     check_tokens,
@@ -28,6 +29,7 @@ __all__ = [
     "LowRankOptions",
     "MomentOptions",
     "Truncatable",
+    "base_and_residuals",
     "check_tokens",
     "decompositions",
     "layout",
@@ -37,6 +39,8 @@ __all__ = [
     "moment_side",
     "name_errors",
     "only",
+    "own_matrices",
+    "part_of",
     "pooled_inputs",
     "pooled_outputs",
     "replace",
