@@ -11,7 +11,9 @@ from comparison_factory import METHODS, comparison
 from mctk.compare import charts
 from mctk.compare import figures as module
 from mctk.compare.figures import figures, write_figures
-from mctk.compare.palette import COLOURS, family_of, is_composed, look_of, looks
+from mctk.compare.figures_quality import by_bytes, by_parameters
+from mctk.compare.palette import COLOURS, family_of, is_composed, looks
+from mctk.compare.standing import groups_of
 from mctk.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -42,6 +44,12 @@ def words_of(drawing):
     return ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
 
 
+def one(draw, comparison):
+    """A single figure, in the style of all."""
+    with charts.styled():
+        return draw(comparison)
+
+
 def test_every_figure_is_drawn(drawn):
     assert list(drawn) == ALL
 
@@ -64,7 +72,7 @@ def test_a_figure_is_whole_and_says_what_it_is(drawn, name):
 def test_names_of_all_methods_stand_beside_their_lines(drawn):
     words = words_of(drawn["parameters"])
     for name, _, _ in METHODS:
-        assert name in words
+        assert any(word in (name, f"{name} ★", f"{name} ≈") for word in words)
 
 
 def test_rounded_rows_are_named_on_the_byte_frontier(drawn):
@@ -153,12 +161,68 @@ def test_colours_are_readable_on_white():
         assert 1.05 / (luminance(colour) + 0.05) >= 4.5, colour
 
 
-def test_families_share_a_look_and_rounding_is_hollow(found):
+def test_methods_are_told_apart_and_rounding_is_hollow(found):
     known = looks(found.rows)
-    assert len({(look.colour, look.marker) for look in known.values()}) == len(known)
+    assert len(set(known.methods.values())) == len(known.methods)
     by_name = {row.name: row for row in found.rows}
     plain, rounded = by_name["NAEE"], by_name["NAEE, 4 bits"]
     assert family_of(plain) == family_of(rounded) == "prune"
     assert is_composed(rounded) and not is_composed(plain) and not is_composed(by_name["4 bits"])
-    assert look_of(plain, known).filled and not look_of(rounded, known).filled
     assert family_of(by_name["4 bits"]) == "quantize"
+    look, hollow = known.of(plain), known.of(rounded)
+    assert look.filled and not hollow.filled
+    assert (look.colour, look.marker) == (hollow.colour, hollow.marker)
+    reap = known.of(by_name["REAP"])  # of many methods a family has a colour
+    assert reap.colour == look.colour and reap.marker != look.marker
+
+
+def test_methods_of_one_stage_have_colours_of_their_own(found):
+    rows = [row for row in found.rows if row.family == "prune"]
+    known = looks(rows)
+    assert not known.families
+    assert len(set(known.methods.values())) == len({row.name for row in rows}) == 10
+    assert len({look.colour for look in known.methods.values()}) == len(COLOURS)
+    drawing = one(by_bytes, dataclasses.replace(found, rows=rows))
+    assert {"NAEE", "REAP", "EAN"} <= set(words_of(drawing))  # the legend names them
+
+
+def test_the_best_of_every_budget_has_a_name(found, drawn):
+    labels = [group.best.label for group in groups_of(found) if group.best]
+    assert {f"{label} ★" for label in labels} <= set(words_of(drawn["parameters"]))
+    shares = [f"{100 * budget.remove:g}" for budget in found.budgets]
+    names = {f"★ {label} −{share} %" for label, share in zip(labels, shares, strict=True)}
+    assert names <= set(words_of(drawn["bytes"]))
+
+
+def test_methods_whose_budget_counts_bytes_have_names(found):
+    """They have no place among parameters: the best, what is tied with it, and the smallest."""
+    rows = [
+        dataclasses.replace(row, budget=dataclasses.replace(row.budget, unit="bytes"))
+        for row in found.rows
+        if row.family == "prune" and row.status == "ok"
+    ]
+    found = dataclasses.replace(found, rows=rows)
+    assert one(by_parameters, found) is None
+    words = words_of(one(by_bytes, found))
+    for name in {row.label for row in rows}:
+        assert any(name in word and "−60 %" in word for word in words)
+    assert sum(word.startswith("★") for word in words) == 3
+
+
+def test_experts_kept_are_those_of_the_experts_alone(found):
+    """Rows of the router that a budget counts as well move no point."""
+    row = next(row for row in found.rows if row.name == "NAEE")
+    scope = dataclasses.replace(row.scope, attained=row.scope.attained - 100_000)
+    less = dataclasses.replace(row, scope=scope)
+    first, second = (one(by_parameters, dataclasses.replace(found, rows=[r])) for r in (row, less))
+    assert first == second
+
+
+def test_a_dense_model_has_no_figures_of_experts(found):
+    texts = {name: {"tokens": 64, "shares": []} for name in found.structure["routing"]}
+    nothing = {"layers": [], "experts": [], "routing": texts}
+    spectra = {**found.structure["spectra"], "banks": {}}
+    similarity = {**found.structure["similarity"], "cka": []}
+    structure = {**found.structure, **nothing, "spectra": spectra, "similarity": similarity}
+    names = [d.name for d in figures(dataclasses.replace(found, structure=structure))]
+    assert names == ALL[:5]

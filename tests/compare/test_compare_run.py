@@ -114,6 +114,10 @@ def test_a_comparison_from_start_to_end(compare, written, tmp_path, monkeypatch)
         (layer, step) for layer in range(3) for step in ("decompose/svd", "as stored")
     }
     assert found.calibrations[0].digest and found.model.experts == 4
+    assert found.calls == 1 and found.seconds["total"] > found.seconds["compress"] > 0
+    assert "torch" in found.versions and "lm_eval" not in found.versions  # no task took part
+    flag = next(flag for flag in svd.flags if flag.code == "few windows")
+    assert "4 windows of a text" in flag.text
     gate = json.loads((tmp_path / "out" / "rows" / svd.key / "metrics.json").read_text())["gate"]
     assert gate["streamed_equal"] is True and gate["fresh_process_equal"] is True
     for form in ("json", "md", "csv", "tex", "html", "yaml"):

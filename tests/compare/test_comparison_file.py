@@ -145,6 +145,8 @@ def test_without_budgets_recipes_keep_their_own(load):
          "comparison.yaml:12: key rows.2: unit has no effect without budgets"),
         ("name: both", "name: svd",
          "comparison.yaml:15: key rows.3.name: two rows are called 'svd'"),
+        ("name: both", "name: svd/4bit",
+         "comparison.yaml:15: key rows.3.name: 'svd/4bit' names a directory"),
         ("    label: The other", "    steps: []",
          "comparison.yaml:10: key rows.1: give exactly one of recipe and steps"),
         ("steps.0.options.rank_multiple: 2", "steps.0.options.rank_multiples: 2",

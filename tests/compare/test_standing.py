@@ -12,7 +12,9 @@ from comparison_factory import TEXTS, comparison
 from hypothesis import given
 from hypothesis import strategies as st
 from mctk.compare.charts import log_ticks, spread_out
+from mctk.compare.result import Budget
 from mctk.compare.standing import (
+    NEAR,
     Entry,
     change,
     difference,
@@ -21,6 +23,7 @@ from mctk.compare.standing import (
     groups_of,
     score,
 )
+from mctk.plan import TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def found():
 def test_groups_follow_the_file_and_end_without_a_budget(found):
     titles = [group.title for group in groups_of(found)]
     assert titles[:3] == [f"{p} % of the experts' parameters removed" for p in (20, 40, 60)]
-    assert "No budget" in titles[3]
+    assert "follow from the steps" in titles[3]
     assert sum(len(group.entries) for group in groups_of(found)) == len(found.rows)
 
 
@@ -107,6 +110,44 @@ def test_seeds_are_one_entry_with_mean_and_spread():
     assert len(values) == 3
     assert entry.mean(lambda row: score(found, row)) == pytest.approx(np.mean(values))
     assert entry.spread(lambda row: score(found, row)) == pytest.approx(np.std(values, ddof=1))
+
+
+def test_budgets_that_rows_bring_along_have_groups(found):
+    """Recipes that keep their own budgets, and rows of another share or scope."""
+    own = Budget(0.3, "model")
+    rows = [found.rows[0], dataclasses.replace(found.rows[1], budget=own, key="own")]
+    for budgets in (found.budgets, []):
+        groups = groups_of(dataclasses.replace(found, rows=rows, budgets=budgets))
+        assert [group.title for group in groups] == [
+            "20 % of the experts' parameters removed",
+            "30 % of the model's parameters removed",
+        ]
+        assert [group.best.row.key for group in groups] == [row.key for row in rows]
+
+
+def test_rows_in_bytes_are_ranked_among_their_like(found):
+    budget = found.budgets[1]
+    rows = [row for row in found.rows if row.budget == budget and row.status == "ok"]
+    in_bytes = dataclasses.replace(budget, unit="bytes")
+    best = groups_of(dataclasses.replace(found, rows=rows))[0].best.row
+    mixed = [dataclasses.replace(r, budget=in_bytes if r is best else budget) for r in rows]
+    [group] = groups_of(dataclasses.replace(found, rows=mixed))
+    assert group.best.row.key != best.key and len(group.entries) == len(group.ranked) + 1
+    assert group.title.endswith("parameters removed (‡: of their bytes)")
+    every = [dataclasses.replace(row, budget=in_bytes) for row in rows]
+    [group] = groups_of(dataclasses.replace(found, rows=every))
+    assert group.best.row.key == best.key and group.title.endswith("bytes removed")
+
+
+def test_the_tolerance_of_the_frontier_is_the_budgets():
+    assert NEAR == TOLERANCE
+
+
+def test_a_few_rows_of_a_router_earn_no_place_on_the_frontier():
+    points = [(0.7496, 0.091), (0.75, 0.010), (0.6, 0.2), (0.6, 0.2), (0.9, 0.001)]
+    assert frontier(points) == [2, 1, 4]
+    chain = [(0.5 + 0.004 * i, 1 - 0.1 * i) for i in range(5)]  # each near the next
+    assert frontier(chain) == [0, 2, 4]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))

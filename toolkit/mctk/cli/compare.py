@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,6 +114,7 @@ def command(
 
     FILE is a comparison's file, or several recipes.
     """
+    started = time.perf_counter()
     from mctk.compare.file import load_comparison
     from mctk.compare.run import run_comparison
     from mctk.registry import load_plugins
@@ -134,13 +136,14 @@ def command(
         reporter=reporter,
         command=["mctk", *sys.argv[1:]],
         jobs=jobs,
+        started=started,
     )
     if as_json:
         from mctk.compare.result import to_json
 
         click.echo(json.dumps(to_json(found), indent=2, ensure_ascii=False))
     else:
-        from mctk.compare.tables import terminal
+        from mctk.compare.terminal import terminal
 
         terminal(found)
         click.echo(f"\nin {loaded.output}: comparison.html, .md, .csv, .json, .tex; rows/")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ..report.tables import NONE, Format, count, duration, fixed, percent, scientific, size
 from .result import Comparison, Original, Row
+from .scores import DOUBT, few_windows
 from .standing import Entry, Subject, change, score
 
 Value = Callable[[Subject], float | None]
+NOISY = ("task", "average", "retained")  # too noisy for the best of them to mean much
 
 HELP = {
-    "kept": "weight elements stored of what the budgets count, as a share of the original's",
+    "kept": "weight elements stored of what the budgets are of, as a share of the original's; of "
+    "the experts alone, without their router's rows, where budgets are of the experts",
     "bytes_share": "payload of all tensors, as a share of the original's",
     "parameters": "stored weight elements, tied ones once",
     "parameters_share": "stored weight elements, as a share of the original's",
@@ -31,10 +35,11 @@ HELP = {
     "nats a token",
     "agreement": "share of positions where both find the same token most likely",
     "task": "accuracy of an lm-eval task ± its standard error",
-    "average": "mean over tasks",
+    "average": "mean over tasks ± its standard error",
     "retained": "(mean over tasks − chance) / (the original's − chance): 100 % is the original's "
     "skill, 0 % guessing",
-    "layer_error": "relative squared error of a layer's output as stored, mean over layers",
+    "layer_error": "relative squared error of a layer's output as stored, mean over all layers; a "
+    "layer that was left alone counts with 0",
     "prefill": "tokens per second of a forward pass over whole sequences",
     "decode": "tokens per second, one new token a sequence at a time",
     "peak_memory": "largest resident set of the process that evaluated the row",
@@ -136,7 +141,35 @@ def change_text(comparison: Comparison, entry: Entry) -> str:
         return f"{form(found.value)} ± {form(spread)}"
     if found.low is None or found.high is None:
         return form(found.value)
-    return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
+    mark = DOUBT if few_windows(comparison.original.texts) else ""
+    return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]{mark}"
+
+
+def kept(comparison: Comparison) -> Value:
+    """Share of the parameters that is stored of what the budgets are of, of any row."""
+    before = comparison.original.sizes
+    whose = comparison.budgets[0].of if comparison.budgets else "experts"
+
+    def targets(subject: Subject) -> float | None:
+        found = subject.scope if isinstance(subject, Row) else None
+        if found is None or found.unit != "parameters" or not found.original:
+            return None
+        return found.attained / found.original
+
+    if whose == "targets":
+        return targets
+    name = "expert_parameters" if whose == "experts" else "parameters"
+    return _share(name, getattr(before, name))
+
+
+def _share(name: str, whole: int | None) -> Value:
+    """Of one of the sizes, as a share of the original's."""
+
+    def value(subject: Subject) -> float | None:
+        part = getattr(subject.sizes, name) if subject.sizes else None
+        return part / whole if part is not None and whole else None
+
+    return value
 
 
 def leaders(fields: Iterable[Field], entries: Iterable[Entry]) -> set[tuple[str, str]]:
@@ -144,8 +177,8 @@ def leaders(fields: Iterable[Field], entries: Iterable[Entry]) -> set[tuple[str,
     found = set()
     done = [entry for entry in entries if entry.done]
     for field in fields:
-        if field.better is None or field.part != "quality" or field.error is not None:
-            continue  # figures with an error of their own are too noisy to be told apart
+        if field.better is None or field.part != "quality" or field.key.split(":")[0] in NOISY:
+            continue
         values = [(entry.mean(field.value), entry) for entry in done]
         known = [(value, entry) for value, entry in values if value is not None]
         if len(known) > 1:
@@ -167,33 +200,15 @@ def _field(
 
 
 def _sizes(comparison: Comparison) -> list[Field]:
-    before = comparison.original.sizes
-
     def of(name: str) -> Value:
         return lambda subject: getattr(subject.sizes, name) if subject.sizes else None
 
     def share(name: str) -> Value:
-        def value(subject: Subject) -> float | None:
-            part, whole = of(name)(subject), getattr(before, name)
-            return part / whole if part is not None and whole else None
+        return _share(name, getattr(comparison.original.sizes, name))
 
-        return value
-
-    def targets(subject: Subject) -> float | None:
-        found = subject.scope if isinstance(subject, Row) else None
-        if found is None or found.unit != "parameters" or not found.original:
-            return None
-        return found.attained / found.original
-
-    # What budgets count, in parameters, of every row: also of those that have none.
     whose = comparison.budgets[0].of if comparison.budgets else "experts"
-    kept = {
-        "experts": share("expert_parameters"),
-        "model": share("parameters"),
-        "targets": targets,
-    }[whose]
     return [
-        _field("kept", f"{whose} kept", kept, percent, None, 1, "quality"),
+        _field("kept", f"{whose} kept", kept(comparison), percent, None, 1, "quality"),
         _field("bytes_share", "bytes kept", share("bytes"), percent, None, 2, "quality"),
         _field("parameters", "parameters", of("parameters"), count, None, 20),
         _field("parameters_share", "of original", share("parameters"), percent, None, 21),
@@ -255,6 +270,11 @@ def _tasks(comparison: Comparison) -> list[Field]:
     def stderr(name: str) -> Value:
         return lambda subject: subject.tasks[name].stderr if name in subject.tasks else None
 
+    def error_of_mean(subject: Subject) -> float | None:
+        errors = [task.stderr for task in subject.tasks.values()]
+        known = [error for error in errors if error is not None]
+        return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+
     full = comparison.original
     found = []
     for name in comparison.tasks:
@@ -263,7 +283,9 @@ def _tasks(comparison: Comparison) -> list[Field]:
         found.append(dataclasses.replace(one, error=stderr(name), chance=guess))
     mean = _field("average", "tasks", average, fixed(3), "high", 5, "quality")
     return [
-        dataclasses.replace(mean, chance=full.average.chance if full.average else None),
+        dataclasses.replace(
+            mean, error=error_of_mean, chance=full.average.chance if full.average else None
+        ),
         _field("retained", "above chance", retained, percent, "high", 9, "quality"),
         *found,
     ]
@@ -278,8 +300,8 @@ def _running(layers: int) -> list[Field]:
         return value
 
     def error(subject: Subject) -> float | None:
-        last = final_errors(subject) if isinstance(subject, Row) else {}
-        return sum(last.values()) / layers if last else None
+        last = final_errors(subject, layers) if isinstance(subject, Row) else {}
+        return statistics.fmean(last.values()) if last else None
 
     def spent(subject: Subject) -> float | None:
         return subject.seconds.get("compress") if isinstance(subject, Row) else None
@@ -296,6 +318,12 @@ def _running(layers: int) -> list[Field]:
     ]
 
 
-def final_errors(row: Row) -> dict[int, float]:
-    """Layer → relative squared error of its output after the last pass."""
-    return {point.layer: point.error for point in row.trace}
+def final_errors(row: Row, layers: int) -> dict[int, float]:
+    """Layer → relative squared error of its output after the last pass; 0 where it was left alone.
+
+    Args:
+        row: The row.
+        layers: How many the model has.
+    """
+    last = {point.layer: point.error for point in row.trace}
+    return {layer: last.get(layer, 0.0) for layer in range(layers)} if last else {}

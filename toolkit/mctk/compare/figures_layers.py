@@ -53,7 +53,7 @@ def layer_errors(comparison: Comparison) -> Drawing | None:
     if not lines:
         return None
     budgets = [i for i, group in enumerate(groups) if group.budget is not None]
-    lines.sort(key=lambda line: _place(line, budgets))
+    lines.sort(key=lambda line: _place(line, budgets, comparison.model.layers))
     figure = _heat_map(lines, [_heading(group) for group in groups], ERROR, True)
     return charts.finish(
         figure,
@@ -61,7 +61,9 @@ def layer_errors(comparison: Comparison) -> Drawing | None:
         "Error of each layer's output",
         "Relative squared error of a layer's output on its own calibration inputs, as stored; a "
         "column a layer, a panel a budget, rows from the least error to the largest. Darker is "
-        "worse. Each layer is fed by the original model, so errors do not add up along a row.",
+        "worse; empty is a layer that was left alone. Each layer is fed by the original model, in "
+        "rows that were calibrated on their compressed prefix (§) as well, so errors do not add up "
+        "along a row.",
     )
 
 
@@ -149,7 +151,7 @@ def _rank(bank: BankSize) -> str:
 
 
 def _heading(group: Group) -> str:
-    return f"{100 * group.budget.remove:g} % removed" if group.budget else "no budget"
+    return f"{100 * group.budget.remove:g} % removed" if group.budget else "own sizes"
 
 
 def _short(value: float) -> str:
@@ -165,12 +167,12 @@ def _short(value: float) -> str:
     return text.removeprefix("0") if text.startswith("0.") else text
 
 
-def _place(line: Line, budgets: Sequence[int]) -> tuple[bool, float]:
+def _place(line: Line, budgets: Sequence[int], layers: int) -> tuple[bool, float]:
     """What lines are sorted by: the mean error at the first budget; without a budget last."""
     known = [[value for value, _ in panel.values()] for panel in line.panels]
     first = next((i for i in budgets if known[i]), None)
     values = known[first] if first is not None else [v for panel in known for v in panel]
-    return first is None, sum(values) / len(values) if values else math.inf
+    return first is None, sum(values) / layers if values else math.inf
 
 
 def _heat_map(lines: Sequence[Line], headings: Sequence[str], what: str, logarithmic: bool) -> Any:

@@ -120,7 +120,7 @@ def routing(comparison: Comparison) -> Drawing | None:
     """Share of each text's tokens that every expert of every layer gets."""
     structure = comparison.structure or {}
     found = structure.get("routing")
-    if not found:
+    if not found or not structure["experts"]:  # a dense model routes nothing
         return None
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm

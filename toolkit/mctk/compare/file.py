@@ -163,6 +163,10 @@ class LoadedComparison:
             place: KeyPath = ("rows", index, *(["name"] if entry.name else []))
             if not name:
                 raise self._source.error(place, "give the row a name")
+            if "/" in name or "\\" in name:
+                raise self._source.error(
+                    place, f"'{name}' names a directory: write what has a slash as label"
+                )
             if name in names:
                 raise self._source.error(
                     place, f"two rows are called '{name}'; give one another name"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..evaluate.loading import text_stamps, versions
 from ..files import write_json
+from ..recipe import check_texts, draw_calibration
 from .file import LoadedComparison, RowSpec
 
 NAME_LENGTH = 60
@@ -69,6 +70,7 @@ def find_inputs(loaded: LoadedComparison, memory: Memory, cache: str | Path | No
         UserError: The model or the text is not there, or there is too little of it.
     """
     recipe = loaded.rows[0].recipe
+    check_texts(recipe)
     directory = Path(recipe.model)
     files = sorted(path for path in directory.glob("*") if path.is_file())
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
@@ -100,7 +102,6 @@ def _sources(calibration: Any) -> list[Any]:
 
 def _read_inputs(loaded: LoadedComparison, cache: str | Path | None) -> Inputs:
     from ..checkpoint import open_source
-    from ..data import calibration_windows
     from ..evaluate.loading import load_tokenizer
     from ..statistics import cache_directory
 
@@ -109,11 +110,9 @@ def _read_inputs(loaded: LoadedComparison, cache: str | Path | None) -> Inputs:
     fingerprint = source.fingerprint(cache_directory(cache))
     calibrations: dict[int, str | None] = dict.fromkeys(loaded.settings.seeds)
     if recipe.calibration is not None:
-        c = recipe.calibration
         tokenizer = load_tokenizer(source.path, recipe.trust_remote_code)
         for seed in calibrations:
-            windows = calibration_windows(tokenizer, c.source, c.sequences, c.length, seed)
-            calibrations[seed] = windows.digest
+            calibrations[seed] = draw_calibration(recipe, tokenizer, seed).digest
     return Inputs(fingerprint, calibrations)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .fields import Field, fields_of, leaders
-from .notes import BEST, FLAGS, marks
+from .notes import BEST, FLAGS, doubt, marks
 from .result import Comparison
-from .standing import Entry, Group, groups_of, score
+from .standing import Entry, Group, groups_of, ordered
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -90,7 +90,7 @@ def _table(
         best = leaders(fields, group.ranked)
         body.append(r"\midrule")
         body.append(rf"\multicolumn{{{len(fields) + 1}}}{{l}}{{\emph{{{escape(group.title)}}}}} \\")
-        for entry in sorted(group.entries, key=lambda e: _place(comparison, e)):
+        for entry in ordered(comparison, group):
             body.append(" & ".join(_line(group, entry, fields, best)) + r" \\")
     name = "".join(c if c.isalnum() else "-" for c in comparison.name)
     return "\n".join(
@@ -110,11 +110,6 @@ def _table(
             "",
         ]
     )
-
-
-def _place(comparison: Comparison, entry: Entry) -> tuple[bool, float]:
-    value = entry.mean(lambda row: score(comparison, row))
-    return value is None, value or 0.0
 
 
 def _line(
@@ -151,7 +146,7 @@ def _caption(comparison: Comparison) -> str:
         f"{comparison.model.name} compressed{drawn}",
         "Sizes are measured on the written files",
         "Best of each budget bold; underlined: not told from it by a paired bootstrap over "
-        "windows (95 %)",
+        "windows (95 %)" + (f"; {said}" if (said := doubt(comparison)) else ""),
         *(f"{mark} {text}" for code, (mark, text) in FLAGS.items() if code in codes),
         f"Protocol: {'; '.join(comparison.protocols)}",
         f"Made with mctk {comparison.versions.get('mctk', '')}".rstrip(),

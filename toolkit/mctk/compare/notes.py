@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..report.tables import duration
 from .result import Comparison, Row
-from .standing import Entry, Group, difference
+from .scores import DOUBT, few_windows
+from .standing import NEAR, Entry, Group, difference
 
 BEST, TIED, FRONTIER = "★", "≈", "◆"
 # What a flag's code means for the reader, and the mark behind a row's name that points to it.
 FLAGS = {
     "coarse": ("†", "stores less than its budget allows: the method's sizes are coarser"),
-    "bytes": ("‡", "has packed or sparse terms: compare it by bytes"),
+    "bytes": (
+        "‡",
+        "its budget counts bytes, positions and scales included: it is ranked only among its like",
+    ),
     "sequential": ("§", "calibrated on its own compressed prefix, a sweep of its own"),
     "few tokens": ("¶", "experts that hardly any calibration token reached"),
     "not finite": ("♯", "a figure is not finite"),
     "constant answers": ("⊙", "gave one choice for every document of a task"),
-    "gate left out": ("∘", "its files were not checked against the terms in memory"),
+    "gate left out": ("∘", "its files were checked layer by layer only, not loaded as a whole"),
 }
+# Phases that are the work of single rows; all others serve all of them.
+OWN = ("compress", "gate", "evaluate", "speed")
 
 
 def marks(row: Row) -> str:
     """The marks of a row's flags."""
     codes = {flag.code for flag in row.flags}
     return "".join(mark for code, (mark, _) in FLAGS.items() if code in codes)
+
+
+def doubt(comparison: Comparison) -> str | None:
+    """What to say of intervals from few windows, without the mark; None where there are enough."""
+    fewest = few_windows(comparison.original.texts)
+    if fewest is None:
+        return None
+    return (
+        f"interval from {fewest} window{'s' if fewest > 1 else ''} of a text: too few, it is too "
+        "narrow; do not rely on it, nor on what it tells apart (≈)"
+    )
 
 
 def standing(group: Group, entry: Entry) -> str:
@@ -44,9 +61,14 @@ def legend(comparison: Comparison, groups: Sequence[Group]) -> list[str]:
             + (", or seeds differ by more" if len(comparison.calibrations) > 1 else "")
         )
     if any(row.sizes for row in comparison.rows):
-        lines.append(f"{FRONTIER} on the byte frontier: no row has as few bytes and is better")
+        lines.append(
+            f"{FRONTIER} on the byte frontier: smaller than every better row by more than "
+            f"{100 * NEAR:g} % of the original's bytes"
+        )
     codes = {flag.code for row in comparison.rows for flag in row.flags}
     lines += [f"{mark} {text}" for code, (mark, text) in FLAGS.items() if code in codes]
+    if said := doubt(comparison):
+        lines.append(f"{DOUBT} {said}")
     if len(comparison.calibrations) > 1:
         lines.append(
             f"mean ± standard deviation over {len(comparison.calibrations)} calibrations; "
@@ -72,19 +94,31 @@ def failures(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def lead(comparison: Comparison, group: Group) -> str | None:
-    """By how much the best leads the first that it is told from, or None."""
+def winner(comparison: Comparison, group: Group, write: Callable[[str], str] = str) -> str | None:
+    """Who is best in a group, who cannot be told from it, and how far behind the next one is.
+
+    Args:
+        comparison: The comparison.
+        group: One of its groups.
+        write: Makes a label literal in the output's language.
+
+    Returns:
+        A sentence without its stop; None where nobody is best.
+    """
     if group.best is None:
         return None
-    others = [e for e in group.entries if e is not group.best and e not in group.tied and e.done]
+    said = f"{write(group.best.label)} is best"
+    if group.tied:
+        said += f", not told from it: {', '.join(write(entry.label) for entry in group.tied)}"
+    others = [e for e in group.ranked if e is not group.best and e not in group.tied and e.done]
     gaps = [(difference(comparison, group.best.done, e.done), e) for e in others]
     known = [(gap, entry) for gap, entry in gaps if gap is not None and gap.low is not None]
     if not known:
-        return None
+        return said
     gap, entry = min(known, key=lambda pair: pair[0].value)
-    return (
-        f"{group.best.label} leads {entry.label} by {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]"
-    )
+    mark = DOUBT if few_windows(comparison.original.texts) else ""
+    behind = f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]{mark}"
+    return f"{said}; next is {write(entry.label)}, behind by {behind}"
 
 
 def methods(comparison: Comparison) -> list[tuple[str, str]]:
@@ -118,9 +152,7 @@ def protocol(comparison: Comparison) -> list[str]:
     if comparison.protocols:
         lines.append("Measured: " + "; ".join(comparison.protocols))
     lines.append(f"Computed in {comparison.dtype} on {comparison.device}")
-    if comparison.seconds:
-        spent = ", ".join(f"{what} {duration(value)}" for what, value in comparison.seconds.items())
-        lines.append(f"Time that rows share: {spent}")
+    lines += spent(comparison)
     if comparison.versions:
         lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in comparison.versions.items()))
     if comparison.made:
@@ -128,4 +160,24 @@ def protocol(comparison: Comparison) -> list[str]:
     if not comparison.finished:
         left = sum(row.status == "pending" for row in comparison.rows)
         lines.append(f"Not finished: {left} rows are pending; the same command goes on")
+    return lines
+
+
+def spent(comparison: Comparison) -> list[str]:
+    """Time that rows share, that of single rows, and the clock's, a sentence each."""
+
+    def listed(phases: dict[str, float]) -> str:
+        return ", ".join(f"{what} {duration(value)}" for what, value in phases.items())
+
+    rest = {name: value for name, value in comparison.seconds.items() if name != "total"}
+    shared = {name: value for name, value in rest.items() if name not in OWN}
+    own = {name: value for name, value in rest.items() if name in OWN}
+    calls = comparison.calls
+    over = "" if calls == 1 else f", {calls} calls together" if calls else ", all calls together"
+    lines = [f"Time that rows share{over}: {listed(shared)}"] if shared else []
+    if own:
+        lines.append(f"Time for single rows{over}: {listed(own)}")
+    if "total" in comparison.seconds:
+        clock = duration(comparison.seconds["total"])
+        lines.append(f"By the clock{over}: {clock}, up to where tables and figures are drawn")
     return lines

@@ -11,13 +11,13 @@ from html import escape
 from ..report.tables import NONE
 from .charts import Drawing, available
 from .fields import Field, fields_of, leaders
-from .notes import BEST, TIED, failures, lead, legend, marks, methods, protocol
+from .notes import BEST, FRONTIER, TIED, failures, legend, marks, methods, protocol, winner
 from .page_assets import CSS, SCRIPT
 from .page_rows import details_of
-from .palette import is_composed, look_of, looks
+from .palette import Looks, is_composed, looks
 from .result import Comparison
-from .standing import Entry, Group, groups_of
-from .tables import Cell, cells_of, chance_cells, on_frontier, ordered, original_cells
+from .standing import Entry, Group, groups_of, on_frontier, ordered
+from .tables import Cell, cells_of, chance_cells, original_cells
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -77,7 +77,7 @@ def _header(comparison: Comparison, title: str) -> str:
     rows = f"{done} of {len(comparison.rows)} have figures" + (
         "" if comparison.finished else "; not finished: the same command goes on"
     )
-    facts.append(("Rows", f"{len(comparison.names)} methods, {rows}"))
+    facts.append(("Rows", rows))
     if comparison.protocols:
         facts.append(("Measured", "; ".join(comparison.protocols)))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
@@ -100,14 +100,11 @@ def _header(comparison: Comparison, title: str) -> str:
 
 def _findings(comparison: Comparison, groups: Sequence[Group]) -> str:
     """The best of every budget in a sentence."""
-    lines = []
-    for group in groups:
-        if group.best is None:
-            continue
-        said = lead(comparison, group) or f"{group.best.label} is best"
-        tied = [entry.label for entry in group.tied]
-        more = f"; not told from it: {', '.join(tied)}" if tied else ""
-        lines.append(f"<li>{escape(group.title)}: {escape(said + more)}.</li>")
+    lines = [
+        f"<li>{escape(group.title)}: {escape(said)}.</li>"
+        for group in groups
+        if (said := winner(comparison, group))
+    ]
     if not lines:
         return ""
     return (
@@ -178,19 +175,19 @@ def _top(comparison: Comparison, fields: Sequence[Field]) -> str:
 
 
 def _name(
-    comparison: Comparison, group: Group, entry: Entry, edge: set[str], anchor: str, known: dict
+    comparison: Comparison, group: Group, entry: Entry, edge: set[str], anchor: str, known: Looks
 ) -> str:
     row = entry.row
-    look = look_of(row, known)
+    look = known.of(row)
     fill = "#fff" if is_composed(row) else look.colour
     before, words = "", ""
     if entry is group.best:
         before, words = BEST, "best of its budget"
     elif entry in group.tied:
-        before, words = TIED, "not told from the best"
-    mark = f'<span class="mark" title="{words}">{before}</span>'
+        before, words = TIED, f"not told from {group.best.label if group.best else 'the best'}"
+    mark = f'<span class="mark" title="{escape(words)}">{before}</span>'
     dot = f'<span class="dot" style="border-color:{look.colour};background:{fill}"></span>'
-    after = ("◆" if row.key in edge else "") + marks(row)
+    after = (FRONTIER if row.key in edge else "") + marks(row)
     flags = "; ".join(flag.text for flag in row.flags)
     small = f' <small title="{escape(flags)}">{escape(after)}</small>' if after else ""
     return f'{mark}{dot}<a href="#{anchor}">{escape(entry.label)}</a>{small}'

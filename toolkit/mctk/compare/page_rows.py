@@ -11,6 +11,7 @@ import yaml
 from ..report.tables import NONE, duration, fixed, percent, scientific, size, whole
 from .fields import perplexity, rate
 from .result import Comparison, Interval, Row, StepText
+from .scores import DOUBT, FEW, compared_windows
 from .standing import Entry
 
 
@@ -112,9 +113,9 @@ def _texts(comparison: Comparison, row: Row) -> str:
                 name,
                 perplexity(before.perplexity if before else None),
                 perplexity(text.perplexity),
-                _interval(text.change, fixed(4, sign=True)),
-                _interval(far.kl if far else None, scientific),
-                _interval(far.agreement if far else None, percent),
+                _interval(text.change, fixed(4, sign=True), text.windows),
+                _interval(far.kl if far else None, scientific, compared_windows(text)),
+                _interval(far.agreement if far else None, percent, compared_windows(text)),
             ]
         )
     head = ["text", "original", "perplexity", "Δ log-perplexity [95 %]", "KL", "agreement"]
@@ -180,12 +181,14 @@ def _kept(row: Row) -> str:
     return _table("Experts that stay", ["layer", "experts"], lines, left={1})
 
 
-def _interval(found: Interval | None, form: Any) -> str:
+def _interval(found: Interval | None, form: Any, windows: int | None = None) -> str:
+    """A figure with its bounds; marked where those come from too few windows."""
     if found is None:
         return NONE
     if found.low is None or found.high is None:
         return str(form(found.value))
-    return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
+    mark = DOUBT if windows is not None and windows < FEW else ""
+    return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]{mark}"
 
 
 def _table(

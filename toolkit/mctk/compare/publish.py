@@ -8,10 +8,10 @@ from ..files import write_text
 from .charts import available
 from .figures import write_figures
 from .latex import latex
+from .markdown import markdown
 from .page import html
 from .raw import csv
 from .result import Comparison
-from .tables import markdown
 
 
 def publish(comparison: Comparison, directory: Path) -> None:

@@ -6,7 +6,7 @@ import csv as writer_of_csv
 import io
 from typing import Any
 
-from .fields import final_errors
+from .fields import final_errors, kept
 from .result import Comparison, Interval, Row
 from .standing import Subject, score
 
@@ -60,11 +60,15 @@ def _raw(comparison: Comparison, subject: Subject) -> dict[str, Any]:
         "expert_bytes",
     ):
         found[key] = getattr(subject.sizes, key) if subject.sizes else None
+    whole = comparison.original.sizes.bytes
+    found["kept"] = kept(comparison)(subject)
+    found["bytes_share"] = subject.sizes.bytes / whole if subject.sizes else None
     for name, text in subject.texts.items():
         found |= {
             f"perplexity:{name}": text.perplexity,
             f"nll:{name}": text.nll,
             f"tokens:{name}": text.tokens,
+            f"windows:{name}": text.windows,
             **_interval(f"change:{name}", text.change),
         }
         if text.divergence:
@@ -91,8 +95,9 @@ def _raw(comparison: Comparison, subject: Subject) -> dict[str, Any]:
         found |= _interval("decode", subject.speed.decode)
     found["peak_memory_bytes"] = subject.peak_memory_bytes
     if isinstance(subject, Row):
+        errors = final_errors(subject, comparison.model.layers)
         found |= {f"seconds:{what}": value for what, value in subject.seconds.items()}
-        found |= {f"layer_error:{k}": v for k, v in final_errors(subject).items()}
+        found |= {f"layer_error:{k}": v for k, v in errors.items()}
     return found
 
 

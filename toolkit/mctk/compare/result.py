@@ -19,32 +19,10 @@ from ..files import write_json
 from .scores import Average, Divergence, Interval, Overall, Speed, TaskScore, TextScore
 
 __all__ = [
-    "SCHEMA",
-    "Average",
-    "BankSize",
-    "Budget",
-    "Calibration",
-    "Comparison",
-    "Divergence",
-    "Flag",
-    "Interval",
-    "Model",
-    "Original",
-    "Overall",
-    "Row",
-    "Scope",
-    "Sizes",
-    "Speed",
-    "Status",
-    "StepText",
-    "TaskScore",
-    "TextScore",
-    "TracePoint",
-    "from_json",
-    "load",
-    "save",
-    "to_json",
-]
+    "SCHEMA", "Average", "BankSize", "Budget", "Calibration", "Comparison", "Divergence", "Flag",
+    "Interval", "Model", "Original", "Overall", "Row", "Scope", "Sizes", "Speed", "Status",
+    "StepText", "TaskScore", "TextScore", "TracePoint", "from_json", "load", "save", "to_json",
+]  # fmt: skip
 
 SCHEMA = 1  # of comparison.json; raised whenever a reader would misread it
 Status = Literal["ok", "failed", "refused", "pending"]
@@ -175,7 +153,8 @@ class Flag:
     Attributes:
         code: "coarse" (the method's sizes are coarser than the budget: the next smaller one),
             "bytes" (its budget counts bytes), "few tokens", "not finite", "constant answers",
-            "gate left out", "sequential" (calibrated on its own compressed prefix), "warning".
+            "gate left out", "sequential" (calibrated on its own compressed prefix), "few windows"
+            (too few for its intervals), "warning".
         text: In a sentence.
     """
 
@@ -304,7 +283,8 @@ class Comparison:
         texts: Names of the perplexity texts, in order.
         tasks: Names of the tasks.
         protocols: Of everything that was measured, each once.
-        seconds: "calibrate" and what else rows share, and "total" of the call that made most of it.
+        seconds: Of every phase, over all calls that made something of it; "total": by the clock.
+        calls: How many those are; None where that was not counted.
         statistics: Counters of the shared calibration: sweeps, cache hits and misses.
         structure: What figures show of the original itself: see `mctk.compare.structure`.
         versions: Of mctk and of the libraries.
@@ -327,6 +307,7 @@ class Comparison:
     tasks: list[str] = field(default_factory=list)
     protocols: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    calls: int | None = None
     statistics: dict[str, Any] | None = None
     structure: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -342,12 +323,8 @@ class Comparison:
         """
         if budget is None:
             return [row for row in self.rows if row.budget is None]
-        return [row for row in self.rows if row.budget and row.budget.remove == budget.remove]
-
-    @property
-    def names(self) -> list[str]:
-        """The rows' names, each once, in order."""
-        return list(dict.fromkeys(row.name for row in self.rows))
+        asked = (budget.remove, budget.of)
+        return [r for r in self.rows if r.budget and (r.budget.remove, r.budget.of) == asked]
 
 
 _ADAPTER = TypeAdapter(Comparison)

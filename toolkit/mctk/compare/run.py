@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..evaluate.loading import versions
 from ..files import write_text
 from .file import LoadedComparison, RowSpec
 from .identity import Inputs, evaluation_identity, find_inputs, row_identity, row_key
-from .result import SCHEMA, Comparison, Original, Row, from_json, save, to_json
+from .result import SCHEMA, Comparison, Flag, Original, Row, from_json, save, to_json
+from .scores import few_windows
 from .store import FILE, Store
 
 if TYPE_CHECKING:
@@ -112,9 +114,12 @@ class Session:
 
     def count_seconds(self, seconds: dict[str, float]) -> None:
         """Adds what a call took, by phase, to what earlier calls took."""
-        known = self.store.memory.get("seconds") or {}
+        memory = self.store.memory
+        known, calls = memory.get("seconds") or {}, memory.get("calls")
         both = {**known, **{name: known.get(name, 0.0) + s for name, s in seconds.items()}}
-        self.store.memory.put("seconds", {name: round(s, 3) for name, s in both.items()})
+        memory.put("seconds", {name: round(s, 3) for name, s in both.items()})
+        if calls is not None or not known:  # else calls before were not counted
+            memory.put("calls", (calls or 0) + 1)
 
     def result(self) -> Comparison | None:
         """What is known so far; None where not even the original has been measured."""
@@ -122,7 +127,7 @@ class Session:
         if self.original is None or about is None:
             return None
         section = self.loaded.settings.evaluate
-        rows = [slot.row or _pending(slot) for slot in self.slots]
+        rows = [_warned(slot.row) if slot.row else _pending(slot) for slot in self.slots]
         texts = [text.name for text in section.perplexity] if section else []
         data = {
             **about,
@@ -135,8 +140,9 @@ class Session:
             "tasks": list(self.original.tasks),
             "protocols": _protocols(self.original, rows),
             "seconds": self.store.memory.get("seconds") or {},
+            "calls": self.store.memory.get("calls"),
             "structure": self.structure,
-            "versions": versions(),
+            "versions": _versions(self.original),
             "source": self.loaded.yaml(),
             "finished": not any(row.status == "pending" for row in rows),
         }
@@ -151,6 +157,7 @@ def run_comparison(
     reporter: Reporter | None = None,
     command: Sequence[str] | None = None,
     jobs: int | None = None,
+    started: float | None = None,
 ) -> Comparison:
     """Makes what is missing of a comparison and writes comparison.json.
 
@@ -161,6 +168,7 @@ def run_comparison(
         reporter: Progress; silent by default.
         command: The command line, for the record.
         jobs: Processes that evaluate; by default as many as cores and memory allow, one on a GPU.
+        started: What `time.perf_counter` said when the call began; by default it begins here.
 
     Returns:
         What was found, rows that failed or were refused among it.
@@ -168,6 +176,7 @@ def run_comparison(
     Raises:
         UserError: Something is wrong with what all rows share: model, text, output.
     """
+    started = time.perf_counter() if started is None else started
     store = Store(loaded.output)
     with store.locked():
         session = Session(loaded, registry, store, cache)
@@ -180,7 +189,7 @@ def run_comparison(
                 "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             try:
-                work(session, reporter or Silent(quiet=True), jobs, made)
+                work(session, reporter or Silent(quiet=True), jobs, made, started)
             finally:
                 _save(session)
         found = _save(session)
@@ -192,6 +201,20 @@ def _pending(slot: Slot) -> Row:
     from .rows import asked_row
 
     return asked_row(slot.spec, slot.key)
+
+
+def _warned(row: Row) -> Row:
+    """The row, flagged if intervals of its figures come from too few windows."""
+    fewest = few_windows(row.texts)
+    if fewest is None:
+        return row
+    text = f"intervals come from {fewest} window{'s' if fewest > 1 else ''} of a text: too few"
+    return dataclasses.replace(row, flags=[*row.flags, Flag("few windows", text)])
+
+
+def _versions(original: Original) -> dict[str, str]:
+    """Versions of what took part."""
+    return {k: v for k, v in versions().items() if k != "lm_eval" or original.tasks}
 
 
 def _save(session: Session) -> Comparison | None:

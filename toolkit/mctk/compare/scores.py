@@ -5,8 +5,12 @@ Divergences are nats a token. A figure that was not taken, or is not finite, is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+FEW = 8  # windows of a text below which the bootstrap's interval is too narrow to be trusted
+DOUBT = "!"  # what stands behind such an interval
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,23 @@ class TextScore:
     change: Interval | None = None
     divergence: Divergence | None = None
     window_nll: list[float | None] = field(default_factory=list)
+
+
+def few_windows(texts: Mapping[str, TextScore]) -> int | None:
+    """The fewest windows of any text, where they are too few for an interval; else None.
+
+    Two windows give their own two figures as bounds; with N the percentile interval is too narrow
+    by about sqrt((N - 1) / N), and skewed windows are not seen.
+    """
+    least = min((text.windows for text in texts.values()), default=FEW)
+    return least if least < FEW else None
+
+
+def compared_windows(text: TextScore) -> int | None:
+    """How many windows of a text its divergence was taken on; None without one."""
+    if text.divergence is None or not text.tokens:
+        return None
+    return round(text.divergence.tokens * text.windows / text.tokens)
 
 
 @dataclass(frozen=True)

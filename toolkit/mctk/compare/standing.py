@@ -3,12 +3,11 @@
 What is ranked is one number: the mean over the comparison's texts of the change of log-perplexity
 against the original. Two entries are tied where a paired bootstrap over the same windows cannot
 tell them apart; intervals against the original are no help there, since what makes a window hard
-is in both. Letters: N windows of a text, B resamples.
+is in both.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..evaluate.bootstrap import bootstrap_mean
 from .result import Budget, Comparison, Interval, Original, Row, TextScore
 
 Subject = Row | Original
-SAMPLES = 4000  # B
 OF = {"model": "the model's", "experts": "the experts'", "targets": "the targets'"}
+NEAR = 0.005  # of the original's size: as far as a budget may be missed (`mctk.plan.TOLERANCE`)
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Group:
         title: The budget in words.
         budget: None: rows whose size follows from their steps.
         entries: In the order of the file.
-        ranked: Those whose sizes the budget makes comparable. A row whose budget counts bytes may
-            store more parameters than a budget of parameters allows.
-        best: The lowest score among them; None without a budget, or where nothing has one.
+        ranked: Those whose sizes the budget makes comparable; none without a budget. A row whose
+            budget counts bytes may store more parameters than a budget of parameters allows.
+        best: The lowest score among them; None where nothing has one.
         tied: Entries that the windows (or the seeds) cannot tell from the best.
     """
 
@@ -90,28 +90,57 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
     return [Entry(tuple(seeds)) for seeds in found.values()]
 
 
-def title_of(budget: Budget | None) -> str:
-    """A budget in words."""
-    if budget is None:
-        return "No budget: the size follows from the steps"
-    return f"{100 * budget.remove:g} % of {OF[budget.of]} {budget.unit} removed"
-
-
 def groups_of(comparison: Comparison) -> list[Group]:
-    """Every budget's entries, in the order of the file; rows without a budget last."""
-    shares = list(dict.fromkeys(budget.remove for budget in comparison.budgets))
-    firsts = [next(b for b in comparison.budgets if b.remove == share) for share in shares]
+    """Every budget's entries, in the order of the file; rows without a budget last.
+
+    Budgets that rows bring along stand behind the comparison's own. Rows in bytes stand with those
+    of the same share in parameters.
+    """
+    own = [row.budget for row in comparison.rows if row.budget is not None]
     found = []
-    for budget in [*firsts, None]:
+    for budget in _distinct([*comparison.budgets, *own]):
         entries = entries_of(comparison.at(budget))
         if entries:
-            ranked = [e for e in entries if budget is None or _unit(e) == budget.unit]
-            best = None if budget is None else _lowest(comparison, ranked)
-            tied = [] if best is None else [e for e in ranked if _tied(comparison, best, e)]
-            found.append(
-                Group(title_of(budget), budget, tuple(entries), tuple(ranked), best, tuple(tied))
-            )
+            found.append(_ranked_group(comparison, budget, entries))
+    entries = entries_of(comparison.at(None))
+    if entries:
+        title = "Sizes that follow from the steps, by bytes"
+        found.append(Group(title, None, tuple(entries), (), None, ()))
     return found
+
+
+def _distinct(budgets: Iterable[Budget]) -> list[Budget]:
+    """The first budget of each share."""
+    found: dict[tuple[float, str], Budget] = {}
+    for budget in budgets:
+        found.setdefault((budget.remove, budget.of), budget)
+    return list(found.values())
+
+
+def _ranked_group(comparison: Comparison, budget: Budget, entries: Sequence[Entry]) -> Group:
+    """The group of one share, ranked by what its budget counts, or else by what its rows' do."""
+    units = {entry.row.budget.unit for entry in entries if entry.row.budget is not None}
+    unit = budget.unit if budget.unit in units else next(iter(units))
+    ranked = tuple(e for e in entries if e.row.budget is not None and e.row.budget.unit == unit)
+    best = _lowest(comparison, ranked)
+    tied = [] if best is None else [e for e in ranked if _tied(comparison, best, e)]
+    title = f"{100 * budget.remove:g} % of {OF[budget.of]} {unit} removed"
+    if len(units) > 1:
+        title += " (‡: of their bytes)" if unit == "parameters" else " (others: of parameters)"
+    return Group(title, budget, tuple(entries), ranked, best, tuple(tied))
+
+
+def ordered(comparison: Comparison, group: Group) -> list[Entry]:
+    """A group's entries from the best to those without figures; without a budget by bytes."""
+
+    def place(entry: Entry) -> tuple[bool, float]:
+        if group.budget is None:
+            value = float(entry.row.sizes.bytes) if entry.row.sizes else None
+        else:
+            value = entry.mean(lambda row: score(comparison, row))
+        return value is None, value or 0.0
+
+    return sorted(group.entries, key=place)
 
 
 def score(comparison: Comparison, row: Row) -> float | None:
@@ -143,40 +172,47 @@ def difference(
     Returns:
         The difference with its 95 % interval; None where windows are missing or not the same.
     """
-    total, drawn = 0.0, np.zeros(SAMPLES)
-    for number, name in enumerate(comparison.texts):
+    paired = []
+    for name in comparison.texts:
         a, b = _windows(first, name), _windows(second, name)
         if a is None or b is None or a.shape != b.shape:
             return None
         if len({subject.texts[name].digest for subject in (*first, *second)}) > 1:
             return None
-        total += float((b - a).mean())
-        drawn += _draws(a.size, number) @ (b - a)
-    if not comparison.texts:
-        return None
-    low, high = np.quantile(drawn / len(comparison.texts), [0.025, 0.975])
-    return Interval(total / len(comparison.texts), float(low), float(high))
+        paired.append((b - a, 1.0))
+    return Interval(*bootstrap_mean(paired)) if paired else None
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points nobody beats: no other is as small and as good.
+def on_frontier(comparison: Comparison) -> set[str]:
+    """Keys of the rows that no other beats in bytes and score."""
+    whole = comparison.original.sizes.bytes
+    points, keys = [], []
+    for entry in entries_of(comparison.rows):
+        value = entry.mean(lambda row: score(comparison, row))
+        if value is not None and entry.row.sizes is not None:
+            points.append((entry.row.sizes.bytes / whole, value))
+            keys.append(entry.row.key)
+    return {keys[i] for i in frontier(points)}
+
+
+def frontier(points: Sequence[tuple[float, float]], near: float = NEAR) -> list[int]:
+    """Which points are worth their place: smaller than every better one by more than a tolerance.
+
+    A few router rows or positions less are no smaller model, so a point that saves no more than
+    that against a better one on the frontier is not on it.
 
     Args:
-        points: Size and loss of each.
+        points: Size, as a share of the original's, and loss of each.
+        near: The tolerance, a share too.
 
     Returns:
         Their positions, from the smallest size up; of equal points the first.
     """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], points[i][1], i))
     found: list[int] = []
-    for i in order:
-        if not found or points[i][1] < points[found[-1]][1]:
+    for i in sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0], i)):
+        if not found or points[i][0] < points[found[-1]][0] - near:
             found.append(i)
-    return found
-
-
-def _unit(entry: Entry) -> str | None:
-    return None if entry.row.budget is None else entry.row.budget.unit
+    return found[::-1]
 
 
 def _lowest(comparison: Comparison, entries: Iterable[Entry]) -> Entry | None:
@@ -213,13 +249,3 @@ def _whole(text: TextScore) -> bool:
     return bool(text.window_nll) and all(
         value is not None and math.isfinite(value) for value in text.window_nll
     )
-
-
-@functools.cache
-def _draws(windows: int, seed: int) -> np.ndarray:
-    """How often each resample takes each window, as shares [B, N]."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, windows, size=(SAMPLES, windows))
-    shares = np.zeros((SAMPLES, windows))
-    np.add.at(shares, (np.arange(SAMPLES)[:, None], drawn), 1 / windows)
-    return shares

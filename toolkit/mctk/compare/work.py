@@ -17,8 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..checkpoint import experts_per_token
 from ..engine import Reporter, run
 from ..engine.conclude import (
@@ -52,7 +50,13 @@ PROCESS = 1 << 29  # bytes that a process takes before it holds a model
 NOTHING: dict[str, Any] = {"perplexity": {}, "divergence": {}, "tasks": {}}
 
 
-def work(session: Session, reporter: Reporter, jobs: int | None, made: dict[str, Any]) -> None:
+def work(
+    session: Session,
+    reporter: Reporter,
+    jobs: int | None,
+    made: dict[str, Any],
+    started: float,
+) -> None:
     """Makes what is missing; rows that fail say why.
 
     Args:
@@ -60,11 +64,11 @@ def work(session: Session, reporter: Reporter, jobs: int | None, made: dict[str,
         reporter: Progress.
         jobs: Processes that evaluate; None: as many as there is room for.
         made: The command line and the time, for the record.
+        started: What `time.perf_counter` said when the call began.
 
     Raises:
         UserError: Something that all rows share is wrong.
     """
-    started = time.perf_counter()
     try:
         with reporter.phase("plan", len(session.pending)):
             plan = plan_rows(session, reporter)
@@ -211,7 +215,7 @@ class _Work:
         ]
         about = {
             "model": {
-                "name": recipe.canonical()["model"],
+                "name": recipe.model_name,
                 "path": str(plan.source.path),
                 "model_type": plan.model.config.model_type,
                 "layers": len(plan.model.layers),
@@ -274,7 +278,6 @@ class _Work:
                 self._settings(),
                 against=against,
                 state=self.session.store.directory(key) / STATE,
-                threads=torch.get_num_threads(),
             )
             for key in by_key
         ]

@@ -39,7 +39,6 @@ class Job:
         keep: Where to keep the original's logits.
         against: Where they were kept.
         state: Where a gate's probe may lie.
-        threads: Of the process that computed that probe.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Job:
     keep: Path | None = None
     against: Path | None = None
     state: Path | None = None
-    threads: int | None = None
 
 
 def work(job: Job) -> Outcome:
@@ -62,7 +60,7 @@ def work(job: Job) -> Outcome:
     def check(model: Any) -> None:
         nonlocal checked
         if job.state is not None:
-            checked = check_probe(model, job.state, job.threads)
+            checked = check_probe(model, job.state)
 
     try:
         found = evaluate_model(
@@ -152,6 +150,8 @@ def workers(count: int, threads: int) -> Iterator[Workers]:
 
 def _start(threads: int, parent: int) -> None:
     """Begins a worker: quiet, with its share of the cores, gone when its parent is."""
+    # Bars of tasks and their data, of several processes at once; read when those are imported.
+    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     import torch
     from transformers.utils import logging
 

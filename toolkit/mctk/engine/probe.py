@@ -16,16 +16,22 @@ from ..files import write_tensors
 from ..models import EXPERTS_IMPLEMENTATION
 from .gate import GateError
 
-FILE = "probe.safetensors"
+FILE, PASSED = "probe.safetensors", "probe.passed"
 
 
 def keep_probe(state: Path, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Keeps the gate's sequence [1, T] and the logits [1, T, V] that the passes' terms gave."""
-    write_tensors(state / FILE, {"ids": ids, "expected": expected})
+    """Keeps the gate's sequence [1, T] and the logits [1, T, V] that the passes' terms gave.
+
+    The number of threads is kept as well, since it moves last bits, and whoever checks may be
+    started with another one.
+    """
+    (state / PASSED).unlink(missing_ok=True)
+    threads = torch.tensor(torch.get_num_threads())
+    write_tensors(state / FILE, {"ids": ids, "expected": expected, "threads": threads})
 
 
-def check_probe(model: Any, state: Path, threads: int | None = None) -> bool:
-    """Holds a loaded model against what was kept; what is kept is used up by that.
+def check_probe(model: Any, state: Path) -> bool:
+    """Holds a loaded model against what was kept, once: what is large is used up by that.
 
     The tensors may be met as they are mapped or once they are copied to aligned memory, as in
     `check_fresh_process`.
@@ -34,17 +40,16 @@ def check_probe(model: Any, state: Path, threads: int | None = None) -> bool:
         model: From `from_pretrained`, in the run's dtype; left as it is but for where its tensors
             lie.
         state: The run's state directory.
-        threads: Of the process that computed the logits: their number moves last bits.
 
     Returns:
-        Whether there was something to check.
+        Whether the model passed, now or when it was first loaded; no if nothing was kept.
 
     Raises:
         GateError: The loaded model gives other logits.
     """
     path = state / FILE
     if not path.exists():
-        return False
+        return (state / PASSED).exists()
     kept = load_file(str(path))
     ids, expected = kept["ids"].to(model.device), kept["expected"]
     usual = getattr(model.config, "_experts_implementation", None)
@@ -52,8 +57,7 @@ def check_probe(model: Any, state: Path, threads: int | None = None) -> bool:
     if usual is not None:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(int(kept.get("threads", before)))
         logits = _logits(model, ids)
         if not torch.equal(logits, expected):
             for tensor in [*model.parameters(), *model.buffers()]:
@@ -66,6 +70,7 @@ def check_probe(model: Any, state: Path, threads: int | None = None) -> bool:
     if not torch.equal(logits, expected):
         worst = float((logits.float() - expected.float()).abs().max())
         raise GateError(f"from_pretrained in another process gives other logits (by {worst:.3g})")
+    (state / PASSED).touch()
     path.unlink()
     return True
 
