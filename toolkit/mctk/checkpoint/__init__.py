@@ -14,14 +14,27 @@ from .accounting import (
 )
 from .fewer import Share, check_fewer, compacted, fewer, shares
 from .hub import open_source
+from .portions import Portions
+from .quantised import Quantised
 from .source import Source, TensorInfo, read_header
+from .unread import (
+    Unread,
+    extra_layers,
+    find_unread,
+    predictor_keys,
+    size_of_tensors,
+    without_predictors,
+)
 from .weights import WeightMap, check_tied, empty, fill, map_weights
 
 __all__ = [
     "ModelSizes",
+    "Portions",
+    "Quantised",
     "Share",
     "Source",
     "TensorInfo",
+    "Unread",
     "WeightMap",
     "active_parameters",
     "bank_macs",
@@ -32,14 +45,19 @@ __all__ = [
     "empty",
     "expert_macs",
     "experts_per_token",
+    "extra_layers",
     "fewer",
     "fill",
+    "find_unread",
     "macs",
     "map_weights",
     "open_source",
     "original_terms",
+    "predictor_keys",
     "read_header",
     "shares",
+    "size_of_tensors",
     "terms_in",
     "visited",
+    "without_predictors",
 ]

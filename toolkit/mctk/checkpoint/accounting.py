@@ -12,7 +12,7 @@ through less than this. k groups are the most that it can.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -23,10 +23,18 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import BankSite, bank_sites, find_router, is_experts, own_tensors
+from ..models import (
+    BankSite,
+    bank_sites,
+    find_router,
+    is_experts,
+    is_of_other_sense,
+    own_tensors,
+)
 from ..runtime import Role, TermModule, is_expert_list, merged_groups, role
 from ..terms import Bias, Dense, DynamicDense, ExpertSkip, LowRank, Term
 from .fewer import compacted
+from .portions import Portions
 from .source import FLOATING, Source
 from .weights import WeightMap
 
@@ -48,7 +56,7 @@ class ModelSizes:
 
     Attributes:
         parameters: Stored weight elements.
-        active_parameters: Those that a token passes through; embeddings whole.
+        active_parameters: Those that a token of text passes through; embeddings whole.
         bytes: Tensor payload.
         macs_per_token: Multiply-adds of the weight matrices for one token.
         expert_parameters: Stored weight elements of routed experts.
@@ -115,7 +123,7 @@ def visited(slots: Sequence[int | None], k: int) -> dict[int, Fraction]:
     return {slot: 1 - Fraction(comb(members - m, k), every) for slot, m in sizes.items()}
 
 
-def active_parameters(term: Term, k: int) -> int:
+def active_parameters(term: Term, k: int) -> Fraction:
     """Stored elements of a term that one token meets when it visits k members, in expectation.
 
     A slot that members share is met once, however many of them are visited. Each tensor counts by
@@ -137,7 +145,7 @@ def active_parameters(term: Term, k: int) -> int:
         dynamic = isinstance(term, DynamicDense) and name == "weight"
         for slot, chance in visited(slots, k).items():
             total += chance * (term.macs(slots.index(slot)) if dynamic else size)
-    return int(total)
+    return total
 
 
 def _policy(terms: Mapping[str, Sequence[Term]]) -> ExpertSkip | None:
@@ -146,7 +154,7 @@ def _policy(terms: Mapping[str, Sequence[Term]]) -> ExpertSkip | None:
     return next((term for term in found if isinstance(term, ExpertSkip)), None)
 
 
-def expected(count: Callable[[int], int], k: int, policy: ExpertSkip | None) -> int:
+def expected(count: Callable[[int], Fraction], k: int, policy: ExpertSkip | None) -> Fraction:
     """What a token meets on average that visits k members, or fewer where it skips some.
 
     Args:
@@ -156,10 +164,13 @@ def expected(count: Callable[[int], int], k: int, policy: ExpertSkip | None) -> 
     """
     if policy is None or not policy.ratios:
         return count(k)
-    return int(sum(share * count(n) for n, share in enumerate(policy.shares, 1)))
+    parts = (Fraction(share) * count(n) for n, share in enumerate(policy.shares, 1))
+    return sum(parts, Fraction(0))
 
 
-def macs(term: Term, k: int, how: Role | None = None, merged: Sequence[int] | None = None) -> int:
+def macs(
+    term: Term, k: int, how: Role | None = None, merged: Sequence[int] | None = None
+) -> Fraction:
     """Multiply-adds of a term for a token that visits k members, in expectation.
 
     Args:
@@ -171,17 +182,17 @@ def macs(term: Term, k: int, how: Role | None = None, merged: Sequence[int] | No
     """
     own = visited(range(term.shape.members) if merged is None else merged, k)
     if how is None or how.groups is None:
-        return int(sum(chance * term.macs(member) for member, chance in own.items()))
+        return sum((c * term.macs(member) for member, c in own.items()), Fraction(0))
     chances = visited(how.groups, k)
     if how.whole:
-        return int(sum(c * term.macs(how.groups.index(g)) for g, c in chances.items()))
+        return sum((c * term.macs(how.groups.index(g)) for g, c in chances.items()), Fraction(0))
     # One factor once per group, which of the two is what `inner` says; the other for each member.
     assert isinstance(term, LowRank)
     once, each = term.inner_macs, term.outer_macs
     if not how.inner:
         once, each = each, once
-    served = sum(chance for member, chance in own.items() if term.has(member))
-    return int(sum(chances.values()) * once + served * each)
+    served = sum((c for member, c in own.items() if term.has(member)), Fraction(0))
+    return sum(chances.values(), Fraction(0)) * once + served * each
 
 
 def bank_macs(
@@ -190,7 +201,7 @@ def bank_macs(
     terms: Iterable[Term],
     k: int,
     merged: Sequence[int] | None = None,
-) -> int:
+) -> Fraction:
     """Multiply-adds of a bank's terms for one token, as the run time computes them.
 
     Args:
@@ -201,18 +212,19 @@ def bank_macs(
         merged: The merged groups of the bank's module, if it has any.
     """
     if site.part == "linear":
-        return sum(macs(term, 1) for term in terms)
+        return sum((macs(term, 1) for term in terms), Fraction(0))
     module = layer.get_submodule(site.module)
     if is_expert_list(module):  # called one by one
-        return sum(macs(term, k) for term in terms)
+        return sum((macs(term, k) for term in terms), Fraction(0))
     # A norm on each expert's output keeps down apart.
     apart = site.part == "down" and getattr(module, "has_post_expert_norm", False)
-    return sum(
-        macs(term, k, None if apart else role(term, site.part, merged), merged) for term in terms
-    )
+    roles = ((term, None if apart else role(term, site.part, merged)) for term in terms)
+    return sum((macs(term, k, how, merged) for term, how in roles), Fraction(0))
 
 
-def layer_macs(layer: nn.Module, terms: Mapping[str, Sequence[Term]], k: int) -> dict[str, int]:
+def layer_macs(
+    layer: nn.Module, terms: Mapping[str, Sequence[Term]], k: int
+) -> dict[str, Fraction]:
     """Multiply-adds of each bank of a layer for one token.
 
     Args:
@@ -239,14 +251,14 @@ def expert_macs(
     layers: Iterable[nn.Module], k: int, changed: Mapping[int, Mapping[str, list[Term]]]
 ) -> int:
     """Multiply-adds of the routed experts for one token; see `count`."""
-    total = 0
+    total = Fraction(0)
     for index, layer in enumerate(layers):
         sites = bank_sites(layer)
         new, _ = compacted(sites, changed.get(index, {}))
         terms = {name: new.get(name, terms_in(layer, site)) for name, site in sites.items()}
         found = layer_macs(layer, terms, k)
         total += sum(found[name] for name, site in sites.items() if site.part != "linear")
-    return total
+    return round(total)
 
 
 def count(
@@ -257,8 +269,13 @@ def count(
     k: int,
     head_macs: int,
     changed: Mapping[int, Mapping[str, list[Term]]],
+    without: Collection[str] = (),
+    stored: bool = False,
+    idle: Container[str] = (),
 ) -> ModelSizes:
     """Counts a model whose changed modules hold terms.
+
+    Tensors that transformers does not read with the model are stored, and no token meets them.
 
     Args:
         source: The original's headers.
@@ -269,12 +286,18 @@ def count(
         head_macs: Multiply-adds of the head, V·H.
         changed: Layer → bank name → terms, all banks of each changed module; empty to count the
             original.
+        without: Source tensors that are left out.
+        stored: Whether bytes of tensors that are as they were are those that the source takes,
+            where it stores them quantised; else those that they take once they are not.
+        idle: Tensors of the model that no token of text meets (of a vision tower).
     """
+    layers = list(layers)
     gone: set[str] = set()
     packed: dict[str, int] = {}  # a compressed module's tensor → the weights that it holds
     shrunk: dict[str, Fraction] = {}  # a router's tensor → how much of it is left
     routed_tensors: set[str] = set()  # of experts that are as they were
-    parameters = bytes_ = active = expert_parameters = expert_bytes = multiply_adds = 0
+    parameters = bytes_ = expert_parameters = expert_bytes = Fraction(0)
+    active = multiply_adds = unmet = Fraction(0)  # expectations: rounded once, at the end
     for index, layer in enumerate(layers):
         sites = bank_sites(layer)
         new, kept = compacted(sites, changed.get(index, {}))
@@ -291,9 +314,9 @@ def count(
             if name in new:
                 gone |= own
                 parameters += sum(term.parameters() for term in new[name])
-                stored = sum(term.nbytes() for term in new[name])
-                bytes_ += stored
-                expert_bytes += stored if routed else 0
+                nbytes = sum(term.nbytes() for term in new[name])
+                bytes_ += nbytes
+                expert_bytes += nbytes if routed else 0
             terms = now[name]
             if routed:
                 expert_parameters += sum(term.parameters() for term in terms)
@@ -302,25 +325,34 @@ def count(
                 )
         multiply_adds += _router_macs(layer, sites, rows)
         packed |= {
-            f"{layers_path}.{index}.{path}.{name}": elements
+            f"{layers_path}.{index}.{path}.{name}": held
             for path, module in layer.named_modules()
             if isinstance(module, TermModule)
-            for name, elements in module.elements().items()
+            for name, held in module.elements().items()
         }
+    portions = Portions(layers, layers_path)
+    routed_tensors -= gone
     for name, info in source.tensors.items():
         targets = weights.targets.get(name, ())
-        if name in weights.tied or (targets and gone.issuperset(targets)):
+        if name in weights.tied or name in without or (targets and gone.issuperset(targets)):
             continue
-        left = next((shrunk[target] for target in targets if target in shrunk), 1)
-        bytes_ += int(info.nbytes * left)
-        if targets and routed_tensors.issuperset(targets):
-            expert_bytes += int(info.nbytes * left)
+        left = next((shrunk[target] for target in targets if target in shrunk), Fraction(1))
+        stays = 1 - portions.of(targets, gone)
+        taken = (source.stored_bytes(name) if stored else info.nbytes) * left
+        bytes_ += taken * stays
+        expert_bytes += taken * portions.of(targets, routed_tensors)
         numel = info.numel if info.dtype in FLOATING else 0
-        numel = next((packed[target] for target in targets if target in packed), numel)
-        parameters += int(numel * left)
-    active += parameters - expert_parameters
-    macs_all = multiply_adds + head_macs
-    return ModelSizes(parameters, active, bytes_, macs_all, expert_parameters, expert_bytes)
+        elements = next((packed[t] for t in targets if t in packed), numel) * left
+        parameters += elements * stays
+        unmet += elements * (portions.of(targets, idle) if targets else 1)
+    return ModelSizes(
+        int(parameters),
+        round(active + parameters - expert_parameters - unmet),
+        int(bytes_),
+        round(multiply_adds) + head_macs,
+        int(expert_parameters),
+        int(expert_bytes),
+    )
 
 
 def terms_in(layer: nn.Module, site: BankSite) -> list[Term]:
@@ -339,7 +371,9 @@ def _kept_rows(
     router = find_router(layer, sites) if kept is not None else None
     if router is None or kept is None:
         return {}
-    return {path: Fraction(kept, router.experts) for path in router.tensors}
+    rows = {path: router.experts + router.extra.get(path, 0) for path in router.tensors}
+    gone = router.experts - kept
+    return {path: Fraction(size - gone, size) for path, size in rows.items()}
 
 
 def _router_macs(
@@ -351,5 +385,7 @@ def _router_macs(
     return sum(
         int(parameter.numel() * rows.get(path, 1))
         for path, parameter in layer.named_parameters()
-        if parameter.dim() == 2 and not path.startswith(banks + experts)
+        if parameter.dim() == 2
+        and not path.startswith(banks + experts)
+        and not is_of_other_sense(path)
     )

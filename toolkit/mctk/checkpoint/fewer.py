@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UserError, brief
-from ..models import BankSite, RouterSite, build, is_count_name
+from ..models import BankSite, RouterSite, build, is_of_other_sense, renumbered
+from ..runtime import is_count_name
 from ..terms import Bank, Term, compact, removed_members
 from .source import Source, TensorInfo
 from .weights import WeightMap, map_weights
@@ -37,12 +38,16 @@ class Share:
         dim: The dimension that is one entry an expert; None for a tensor of one expert.
         expert: The one expert that it is of.
         of_experts: Whether it holds experts, and not the router's rows.
+        experts: E, of a tensor with such a dimension; what it has behind them stays.
+        table: Whether its entries are experts' numbers.
     """
 
     name: str
     dim: int | None = None
     expert: int | None = None
     of_experts: bool = False
+    experts: int = 0
+    table: bool = False
 
     def renamed(self, kept: Sequence[int]) -> str | None:
         """The tensor's name where only some experts are left, None if it is gone with its own."""
@@ -53,6 +58,17 @@ class Share:
         match = _ONE_EXPERT.match(self.name)
         assert match is not None
         return f"{match[1]}{kept.index(self.expert)}{match[3]}"
+
+    def rest(self, tensor: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+        """What stays of the tensor where only some experts are left."""
+        import torch
+
+        if self.table:
+            return renumbered(tensor, kept)
+        if self.dim is None:
+            return tensor
+        beyond = range(self.experts, tensor.shape[self.dim])
+        return tensor.index_select(self.dim, torch.tensor([*kept, *beyond]))
 
 
 def shares(
@@ -74,14 +90,29 @@ def shares(
     inside = f"{prefix}{router.module}."
     for name in names:
         shape = source.tensors[name].shape
-        for target in weights.targets[name]:
+        targets = weights.targets[name]
+        if any(is_of_other_sense(t.removeprefix(prefix)) for t in targets) and any(
+            t.startswith(inside) for t in targets
+        ):
+            raise UserError(
+                f"experts for text cannot be removed from this checkpoint: {name} and others "
+                "number them through with experts for images; other methods can compress them"
+            )
+        for target in targets:
             if target.startswith(inside):
+                first, _, more = target.removeprefix(inside).partition(".")
+                if more and not first.isdigit():
+                    continue  # of a module in the experts', a norm that all of them share
                 found[name] = _of_experts(name, shape, router.experts)
             elif target.removeprefix(prefix) in router.tensors:
-                dim = router.tensors[target.removeprefix(prefix)]
-                if dim >= len(shape) or shape[dim] != router.experts:
+                path = target.removeprefix(prefix)
+                dim = router.tensors[path]
+                size = router.experts + router.extra.get(path, 0)
+                if dim >= len(shape) or shape[dim] != size:
                     raise _unknown(name, shape, router.experts)
-                found[name] = Share(name, dim=dim)
+                found[name] = Share(name, dim=dim, experts=router.experts)
+            elif target.removeprefix(prefix) in router.tables:
+                found[name] = Share(name, table=True)
     return found
 
 
@@ -91,7 +122,7 @@ def _of_experts(name: str, shape: tuple[int, ...], experts: int) -> Share:
         return Share(name, expert=int(match[2]), of_experts=True)
     if not shape or shape[0] != experts:
         raise _unknown(name, shape, experts)
-    return Share(name, dim=0, of_experts=True)
+    return Share(name, dim=0, of_experts=True, experts=experts)
 
 
 def _unknown(name: str, shape: tuple[int, ...], experts: int) -> UserError:
@@ -177,7 +208,8 @@ def check_fewer(
             shrunk.tensors[new] = fewer(info, share, kept)
     reason = "it has no key with that number"
     for changed in without_experts(source.config, config.to_dict(), experts, kept):
-        smaller = type(config).from_dict(copy.deepcopy(changed))
+        # Files have infinity as an object, which `from_pretrained` turns back into a number.
+        smaller = type(config).from_dict(type(config)._decode_special_floats(changed))
         smaller._name_or_path = config._name_or_path
         try:
             map_weights(build(smaller, dtype, trust_remote_code), shrunk)
@@ -195,7 +227,7 @@ def fewer(info: TensorInfo, share: Share, kept: int) -> TensorInfo:
     if share.dim is None:
         return info
     shape = list(info.shape)
-    shape[share.dim] = kept
+    shape[share.dim] += kept - share.experts
     return replace(info, shape=tuple(shape))
 
 

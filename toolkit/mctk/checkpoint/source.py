@@ -17,9 +17,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from .quantised import LazyWeight, Quantised, find_quantised, unquantised
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,6 +140,9 @@ def _weight_files(path: Path) -> dict[str, str] | None:
 class Source:
     """A model directory: its config.json and the headers of its weight files.
 
+    Weights that are stored in FP8 or MXFP4 appear as the tensors that they stand for (`quantised`),
+    and `config` without a word of it.
+
     Args:
         path: The directory.
         headers: File → tensors, where the headers come from elsewhere (the hub) and the directory
@@ -178,27 +185,71 @@ class Source:
                     f"{self.path / file}: tensor {tensor} is missing; the index names it"
                 )
         self.files = names
+        self.stored = self.tensors
+        self.quantised: Quantised | None = find_quantised(self.path, self.config, self.stored)
+        if self.quantised is not None:
+            self._show_unquantised(self.quantised)
+
+    def _show_unquantised(self, quantised: Quantised) -> None:
+        """Puts the tensors that quantised weights stand for in the place of the stored ones."""
+        instead = {packed.values: packed.info for packed in quantised.packed.values()}
+        hidden = {part for packed in quantised.packed.values() for part in packed.parts}
+        self.tensors = {}
+        for stored, info in self.stored.items():
+            if stored in instead:
+                self.tensors[instead[stored].name] = instead[stored]
+            elif stored not in hidden:
+                self.tensors[stored] = info
+        self.config = unquantised(self.config, quantised.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Payload bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Payload bytes of all tensors, as they are stored."""
+        return sum(info.nbytes for info in self.stored.values())
+
+    def stored_bytes(self, name: str) -> int:
+        """Payload bytes that a tensor takes in the files, scales included."""
+        packed = self.quantised.packed.get(name) if self.quantised is not None else None
+        if packed is None:
+            return self.tensors[name].nbytes
+        return sum(self.stored[part].nbytes for part in packed.parts)
 
     @contextlib.contextmanager
-    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def slices(
+        self, names: Iterable[str], device: str | torch.device | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Lazily read tensors: `value[...]` reads one; the files close with the context.
 
         Reads by `pread`, not by a memory map: mapped pages would count as ours until closed, and
         a layer's would add up to twice its size.
 
+        Args:
+            names: The tensors.
+            device: Where quantised weights are dequantised; by default on the CPU.
+
         Raises:
             CheckpointError: A file has changed or gone since its header was read.
         """
+        wanted = list(names)
+        packed = {} if self.quantised is None else self.quantised.packed
+        stored = [name for name in wanted if name not in packed]
+        for name in wanted:
+            if name in packed:
+                stored += [packed[name].values, packed[name].scales]
+        with self._stored_slices(stored) as found:
+            yield {
+                name: LazyWeight(packed[name], found, device) if name in packed else found[name]
+                for name in wanted
+            }
+
+    @contextlib.contextmanager
+    def _stored_slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazily read tensors as they are stored; see `slices`."""
         from safetensors import SafetensorError, safe_open
 
         by_file: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            by_file.setdefault(self.stored[name].file, []).append(name)
         with contextlib.ExitStack() as stack:
             found: dict[str, Any] = {}
             for file, members in by_file.items():

@@ -110,15 +110,22 @@ def convert(model: PreTrainedModel, tensors: dict, device: str | torch.device) -
 
     Returns transformers' loading info.
     """
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.core_model_loading import (
+        WeightConverter,
+        convert_and_load_state_dict_in_model,
+    )
     from transformers.modeling_utils import LoadStateDictConfig
 
-    dtype = model.config.dtype
+    dtype, mapping = model.config.dtype, conversions(model)
+    if str(device) == "meta":
+        for entry in mapping:
+            if isinstance(entry, WeightConverter):
+                entry.force_cpu = False  # where a GPU has no room to put a tensor together
     settings = LoadStateDictConfig(
         device_map={"": str(device)},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=conversions(model),
+        weight_mapping=mapping,
     )
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
@@ -324,7 +331,7 @@ def fill(
     Raises:
         CheckpointError: A tensor cannot be read or holds NaN or infinity; names file and tensor.
     """
-    with source.slices(names) as slices:
+    with source.slices(names, device) as slices:
         info = convert(model, slices, device)
     for target, reason in sorted(info.conversion_errors.items()):
         raise CheckpointError(

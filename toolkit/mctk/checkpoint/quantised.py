@@ -1,0 +1,351 @@
+"""Weights that a checkpoint stores quantised, as the tensors that they stand for.
+
+A `Source` shows such a checkpoint as the ordinary one that it was made from: the weights by their
+usual names and shapes, in the dtype of config.json, without `quantization_config`. They are
+dequantised when they are read, one tensor at a time; names and shapes follow from headers alone.
+
+- *FP8* (DeepSeek-V3 and others): `X.weight` in 8 bits and, for every block of it (128 × 128, say),
+  a scale in `X.weight_scale_inv`. Blocks at the edges are cut where the block's size does not
+  divide the matrix's, as that of DeepSeek-V3's `kv_a_proj_with_mqa` (576 rows) does not. (What
+  transformers 5.24 dequantises itself it divides evenly, and refuses where it cannot.) DeepSeek-V4
+  stores its experts two 4-bit numbers a byte under the same names; their scales say so.
+- *MXFP4* (gpt-oss): `X_blocks [E, out, G, 16]`, two numbers a byte, and for each block of 32 an
+  exponent in `X_scales [E, out, G]`; they stand for `X [E, in, out]`, in = 32 G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from ..models import SETTINGS, quantisation, text_part
+
+if TYPE_CHECKING:
+    import torch
+
+    from .source import TensorInfo
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+# Where the scales of a weight X.weight are; a fused parameter's have the first form only.
+SCALES = ("{name}_scale_inv", "{stem}.scale", "{stem}.qscale_weight")
+# Scales of what enters a matrix at run time; in other arithmetic they mean nothing.
+OF_INPUTS = (
+    "{name}_activation_scale",
+    "{stem}.activation_scale",
+    "{stem}.input_scale",
+    "{stem}.qscale_act",
+)
+# The values of four bits: a sign, two of exponent, one of mantissa (E2M1).
+FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a weight is stored.
+
+    Attributes:
+        info: The tensor that it stands for.
+        values: The stored tensor with its numbers.
+        scales: The stored tensor with their scales.
+        parts: All stored tensors that it replaces: the two, and scales of no use here.
+        block: How many rows and columns share a scale; None: stored as gpt-oss's experts are.
+        halves: Whether a byte holds two numbers of four bits.
+    """
+
+    info: TensorInfo
+    values: str
+    scales: str
+    parts: tuple[str, ...]
+    block: tuple[int, int] | None = None
+    halves: bool = False
+
+    def read(
+        self, slices: Mapping[str, Any], device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """Reads and dequantises it.
+
+        Args:
+            slices: The stored tensors, as `Source.slices` opens them.
+            device: Where to compute; by default on the CPU.
+        """
+        import torch
+
+        values = slices[self.values][...].to(device)
+        scales = slices[self.scales][...].to(device)
+        dtype = {v: getattr(torch, k) for k, v in DTYPES.items()}[self.info.dtype]
+        if self.block is None:
+            return from_mxfp4(values, scales, dtype)
+        return from_blocks(values, scales, self.block, dtype, self.halves)
+
+
+class LazyWeight:
+    """A dequantised tensor, read like one of safetensors' slices."""
+
+    def __init__(
+        self, packed: Packed, slices: Mapping[str, Any], device: str | torch.device | None
+    ) -> None:
+        self._packed, self._slices, self._device = packed, slices, device
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self._packed.info.shape)
+
+    def get_dtype(self) -> str:
+        """Its dtype, by safetensors' name."""
+        return self._packed.info.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._packed.read(self._slices, self._device)[index]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A checkpoint's quantised weights.
+
+    Attributes:
+        method: What config.json calls the format.
+        packed: Name of a weight → how it is stored.
+        dtype: The dtype in which the weights are shown, by torch's name.
+    """
+
+    method: str
+    packed: dict[str, Packed]
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """The format as people call it."""
+        return self.method.upper()
+
+
+def unquantised(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that says nothing of quantised weights, but in which dtype they are."""
+    found = {key: value for key, value in config.items() if key not in SETTINGS}
+    inner = text_part(config)
+    if inner:
+        found["text_config"] = {k: value for k, value in inner.items() if k not in SETTINGS}
+    if _dtype(found) is None:
+        found["torch_dtype"] = dtype
+    return found
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    """The floating-point dtype that config.json names, if it is one to compute in."""
+    for part in (config, text_part(config)):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) in DTYPES:
+                return part[key]
+    return None
+
+
+def find_quantised(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Quantised | None:
+    """Finds the weights that are stored quantised, from config.json and headers.
+
+    Args:
+        path: The model directory.
+        config: Its config.json.
+        tensors: Its headers.
+
+    Returns:
+        None where config.json says of none, or names a format that is not read (opening the model
+        refuses it).
+
+    Raises:
+        CheckpointError: A weight's scales are missing or do not fit it; or there is none.
+    """
+    said = quantisation(config)
+    if said is None or said[1] not in READERS:
+        return None
+    key, method, settings = said
+    dtype = _dtype(config) or "bfloat16"
+    packed = dict(READERS[method](path, tensors, settings, DTYPES[dtype]))
+    if not packed:
+        raise CheckpointError(
+            f"{path / 'config.json'}: {key} says {method!r}, but no tensor is stored that way; if "
+            "the weights are bfloat16, float16 or float32, delete the key"
+        )
+    return Quantised(method, packed, dtype)
+
+
+def _fp8(
+    path: Path, tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any], dtype: str
+) -> Iterable[tuple[str, Packed]]:
+    """The weights of a checkpoint in FP8."""
+    from .source import TensorInfo
+
+    declared = settings.get("weight_block_size")
+    block = tuple(declared) if isinstance(declared, list) and len(declared) == 2 else None
+    for name, info in tensors.items():
+        places = {"name": name, "stem": name.removesuffix(".weight")}
+        forms = SCALES if name.endswith(".weight") else SCALES[:1]
+        scales = next((f for f in (form.format(**places) for form in forms) if f in tensors), None)
+        halves = info.dtype == "I8" and scales is not None
+        if info.dtype not in FP8 and not halves:
+            continue
+        where = f"{path / info.file}: tensor {name}"
+        if scales is None:
+            raise CheckpointError(
+                f"{where} is stored in FP8, and its scales are not there "
+                f"({SCALES[0].format(**places)})"
+            )
+        if len(info.shape) < 2:
+            raise CheckpointError(f"{where} is stored in FP8, and is no matrix")
+        shape = (*info.shape[:-1], info.shape[-1] * (2 if halves else 1))
+        others = [form.format(**places) for form in OF_INPUTS]
+        parts = (name, scales, *(other for other in others if other in tensors))
+        grid = _block(where, shape, tensors[scales], block)
+        yield (
+            name,
+            Packed(TensorInfo(name, info.file, dtype, shape), name, scales, parts, grid, halves),
+        )
+
+
+def _block(
+    where: str,
+    shape: tuple[int, ...],
+    scales: TensorInfo,
+    declared: tuple[int, ...] | None,
+) -> tuple[int, int]:
+    """How many rows and columns of a weight share a scale.
+
+    Args:
+        where: The weight, in words.
+        shape: Its shape [..., rows, columns].
+        scales: Its scales: one, or [..., rows of blocks, columns of blocks].
+        declared: What config.json says; the experts of a checkpoint may differ.
+    """
+    if scales.numel == 1:
+        return shape[-2], shape[-1]
+    grid = scales.shape
+    if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
+        fits: list[int] = []
+    elif declared and all(
+        math.ceil(size / block) == count
+        for size, block, count in zip(shape[-2:], declared, grid[-2:], strict=True)
+    ):
+        fits = list(declared)
+    else:
+        fits = [
+            size // count
+            for size, count in zip(shape[-2:], grid[-2:], strict=True)
+            if count and size % count == 0
+        ]
+    if len(fits) < 2:
+        raise CheckpointError(
+            f"{where} has shape {list(shape)}, and its scales {scales.name} have {list(grid)}: "
+            "no blocks of equal size"
+        )
+    return fits[0], fits[1]
+
+
+def _mxfp4(
+    path: Path, tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any], dtype: str
+) -> Iterable[tuple[str, Packed]]:
+    """The weights of a checkpoint in MXFP4."""
+    from .source import TensorInfo
+
+    for values, info in tensors.items():
+        name = values.removesuffix("_blocks")
+        if name == values or info.dtype != "U8":
+            continue
+        scales = name + "_scales"
+        where = f"{path / info.file}: tensor {values}"
+        if scales not in tensors:
+            raise CheckpointError(f"{where} is stored in MXFP4, and {scales} is not there")
+        if len(info.shape) != 4 or tensors[scales].shape != info.shape[:-1]:
+            raise CheckpointError(
+                f"{where} has shape {list(info.shape)}, and {scales} has "
+                f"{list(tensors[scales].shape)}: they do not fit together"
+            )
+        members, out, groups, held = info.shape
+        shape = (members, groups * held * 2, out)
+        yield (
+            name,
+            Packed(TensorInfo(name, info.file, dtype, shape), values, scales, (values, scales)),
+        )
+
+
+READERS: dict[str, Callable[..., Iterable[tuple[str, Packed]]]] = {"fp8": _fp8, "mxfp4": _mxfp4}
+
+
+def from_blocks(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    halves: bool = False,
+) -> torch.Tensor:
+    """Multiplies the blocks of matrices by their scales, in float32.
+
+    Args:
+        values: The numbers [..., rows, columns], or two a byte along the columns.
+        scales: One, or [..., rows of blocks, columns of blocks].
+        block: Rows and columns of a block; the last ones may be cut.
+        dtype: Of the result.
+        halves: Whether a byte holds two numbers.
+    """
+    import torch
+
+    *lead, rows, columns = values.shape
+    columns *= 2 if halves else 1
+    found = torch.empty((*lead, rows, columns), dtype=dtype, device=values.device)
+    matrices = values.reshape(-1, *values.shape[-2:])
+    if scales.numel() == 1:
+        factors = _factors(scales).reshape(1, 1, 1).expand(matrices.shape[0], 1, 1)
+    else:
+        factors = _factors(scales).reshape(-1, *scales.shape[-2:])
+    for place, matrix, factor in zip(found.view(-1, rows, columns), matrices, factors, strict=True):
+        numbers = _numbers(matrix) if halves else matrix.float()
+        spread = factor.repeat_interleave(block[1], 1)[:, :columns]
+        for strip, scale in zip(numbers.split(block[0]), spread, strict=True):
+            strip.mul_(scale)
+        place.copy_(numbers)
+    return found
+
+
+def from_mxfp4(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Multiplies blocks of four-bit numbers by their powers of two.
+
+    Args:
+        values: Two numbers a byte [E, out, G, B].
+        scales: Exponents, 127 for 0 [E, out, G].
+        dtype: Of the result.
+
+    Returns:
+        The matrices, transposed as gpt-oss holds them: [E, 2 G B, out].
+    """
+    import torch
+
+    members, out, groups, held = values.shape
+    found = torch.empty((members, groups * held * 2, out), dtype=dtype, device=values.device)
+    for place, matrix, factor in zip(found, values, _factors(scales), strict=True):
+        numbers = _numbers(matrix).mul_(factor[..., None])
+        place.copy_(numbers.reshape(out, -1).T)
+    return found
+
+
+def _numbers(packed: torch.Tensor) -> torch.Tensor:
+    """Four-bit numbers, two a byte, the lower half first: [..., n] → [..., 2 n] in float32."""
+    import torch
+
+    values = torch.tensor([*FOUR_BITS, *(-value for value in FOUR_BITS)], device=packed.device)
+    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)  # of every byte
+    halves = packed.contiguous().view(torch.uint8)
+    found = pairs.index_select(0, halves.reshape(-1).int())
+    return found.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def _factors(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in float32; bytes are exponents of two (E8M0), 127 for 0."""
+    import torch
+
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    return scales.float()

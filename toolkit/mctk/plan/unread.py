@@ -1,0 +1,109 @@
+"""What becomes of tensors that transformers does not read with the model.
+
+They are mostly layers for multi-token prediction. By default they are copied as they are, unless
+config.json would then promise what they are not: a native result has fewer experts, and prediction
+layers that have experts are built by the same number. They are left out of it, and config.json says
+of none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import predictor_keys, size_of_tensors
+from ..checkpoint.source import FLOATING
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def unread_left_out(plan: Plan, kind: str) -> tuple[str, ...]:
+    """The unread tensors that a result does not get.
+
+    Args:
+        plan: The plan.
+        kind: The form of the result; native ones have fewer experts in every layer.
+
+    Raises:
+        RecipeError: They are to be kept, and config.json would not fit them.
+    """
+    unread, wish = plan.unread, plan.recipe.unread
+    if wish == "drop":
+        return unread.names
+    if not (kind == "native" and unread.routed):
+        return ()
+    if wish == "keep":
+        raise plan.recipe.error(
+            ("unread",),
+            "the layers for multi-token prediction have experts as well, and would have more of "
+            "them than config.json says once the other layers have fewer; write drop, or auto",
+        )
+    return unread.predictors
+
+
+def beside(plan: Plan, kind: str) -> int:
+    """What a result stores beside the budget's scope, in the budget's unit."""
+    assert plan.recipe.budget is not None
+    gone = set(plan.left_out(kind))
+    infos = [plan.source.tensors[name] for name in plan.unread.names if name not in gone]
+    if plan.recipe.budget.unit == "bytes":
+        return plan.outside + sum(info.nbytes for info in infos)
+    return plan.outside + sum(info.numel for info in infos if info.dtype in FLOATING)
+
+
+def unread_record(plan: Plan, kind: str) -> dict[str, Any] | None:
+    """What the unread tensors are and what becomes of them, as JSON data; None: there are none.
+
+    Args:
+        plan: The plan.
+        kind: The form of the result.
+    """
+    if not plan.unread.names:
+        return None
+    gone = set(plan.left_out(kind))
+    parts = {"multi-token prediction": plan.unread.predictors, "other": plan.unread.others}
+    return {
+        "parts": [
+            {
+                "what": what,
+                "first": names[0],
+                "kept": names[0] not in gone,
+                **size_of_tensors(plan.source, names),
+            }
+            for what, names in parts.items()
+            if names
+        ],
+        "config": [".".join(place) for place in predictor_keys(plan.source.config)]
+        if gone.issuperset(plan.unread.predictors) and plan.unread.predictors
+        else [],
+    }
+
+
+def unread_warnings(plan: Plan, kind: str) -> list[str]:
+    """The same in words, a line for each part."""
+    from ..report.tables import count, size
+
+    record = unread_record(plan, kind)
+    if record is None:
+        return []
+    lines = []
+    for part in record["parts"]:
+        what = "of multi-token prediction layers " * (part["what"] != "other")
+        line = (
+            f"{part['tensors']} tensors {what}({count(part['parameters'])} parameters, "
+            f"{size(part['bytes'])}; {part['first']} ...) are not read by transformers with the "
+            "model: "
+        )
+        if part["kept"]:
+            how = "copied as they are" if plan.source.quantised is None else "kept, dequantised"
+            lines.append(line + f"{how}, outside of every budget (unread: drop leaves them out)")
+        elif plan.recipe.unread == "drop":
+            lines.append(line + "left out, as the recipe says")
+        else:
+            lines.append(
+                line + "left out, since their experts would be more than config.json says; "
+                "without removing experts, or in mctk's format, they would be kept"
+            )
+    if record["config"]:
+        lines[-1] += f"; {', '.join(record['config'])} is set to 0"
+    return lines
