@@ -1,5 +1,7 @@
 # make demo   compress the model that the project ships and print what became of it
 # make test   lint and the test suite, as CI runs them;  make test-slow adds the slow tests
+# make families   every Mixture-of-Experts family of transformers through the toolkit (within the
+#                 hour on two cores), and docs/families.md, which says what works
 # make lint, make format, make hooks, make clean
 #
 # The first target that needs one makes a virtual environment in $(VENV) with the versions of
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 # libraries start in a second where they would take seven in an environment that keeps no bytecode.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --compile -q
 
-.PHONY: demo test test-slow lint format hooks clean
+.PHONY: demo test test-slow families lint format hooks clean
 .DELETE_ON_ERROR:
 
 # One stamp per set of extras. It is written last, so a set-up that was interrupted is taken up
@@ -60,6 +62,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest -q -n logical --dist loadfile --slow
+
+families: $(VENV)/.test
+	$(BIN)/python -m tests.families
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix

@@ -106,6 +106,13 @@ def test_whatever_is_no_bank_is_a_router_or_a_vector(family):
                 assert any(word in name for word in ("gate", "router")), name
 
 
+def test_a_linear_layer_that_computes_otherwise_is_no_bank():
+    # DeepSeek-V4 multiplies groups of heads by blocks of the matrix.
+    for layer in find_layers(ours("deepseek_v4"))[1]:
+        assert isinstance(layer.self_attn.o_a_proj, nn.Linear)
+        assert "attention.o_b" in bank_sites(layer) and "attention.o_a" not in bank_sites(layer)
+
+
 def test_routers_that_are_linear_layers_are_no_banks():
     # As in Granite's checkpoints of old, and in Qwen2-MoE, whose shared expert has a gate.
     granite = find_layers(ours("granitemoe"))[1][0]

@@ -16,8 +16,7 @@ from mctk.models import (
     keeps_form,
     read_banks,
 )
-from mctk.models.routing import is_count_name
-from mctk.runtime import observe
+from mctk.runtime import is_count_name, observe
 from mctk.sweep import StreamedModel
 from mctk.terms import Bias, drop_members
 from torch import nn

@@ -12,9 +12,11 @@ import pytest
 import torch
 from mctk.errors import CheckpointError, UserError
 from mctk.runtime import GUARD, MctkConfig, TermLinear, checkpoint_config, load_providers
+from mctk.runtime.quantizer import _sparing_terms
 from mctk.terms import BankShape, Dense, kinds, registry
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
 from transformers.distributed import DistributedConfig
 
 ALL = [*families.FAMILIES, "llama"]
@@ -123,6 +125,16 @@ def test_installed_provider_brings_its_kinds(monkeypatch):
     linear = TermLinear(6, 5, [term.spec()])
     linear.set_terms("linear", [term])
     assert torch.equal(linear(torch.ones(2, 6)), torch.full((2, 5), 6.0))
+
+
+def test_saving_leaves_the_names_of_terms_alone():
+    # A pattern may end before the dot of the terms' names, or with it.
+    for there, here in (("wide", "gate_proj"), (r"\.wide\.", ".gate_proj.")):
+        conversion = _sparing_terms(WeightRenaming(there, here))
+        assert isinstance(conversion, WeightRenaming)  # loading asks: prediction layers come later
+        found = conversion.reverse_transform().compiled_sources
+        assert not found.search("layers.0.mlp.gate_proj.terms_0_U")
+        assert found.search("layers.0.mlp.gate_proj.weight")
 
 
 def test_broken_provider_is_named(monkeypatch):

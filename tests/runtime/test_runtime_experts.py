@@ -225,6 +225,14 @@ def test_linear_equals_the_original():
     torch.testing.assert_close(linear(x), original(x))
     assert sorted(linear.state_dict()) == ["terms_0_weight", "terms_1_vector"]
     assert repr(linear) == "TermLinear(linear: dense + bias)"
+    # What modelling code may read beside calling it.
+    assert torch.equal(linear.weight, original.weight) and torch.equal(linear.bias, original.bias)
+
+
+def test_a_linear_without_terms_has_a_zero_matrix():
+    linear = TermLinear(6, 5, [], torch.bfloat16)
+    assert linear.bias is None and not linear.weight.any()
+    assert (linear.weight.shape, linear.weight.dtype) == ((5, 6), torch.bfloat16)
 
 
 def linear_entry(out: int = 32, into: int = 32) -> dict:

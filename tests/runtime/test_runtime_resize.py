@@ -31,6 +31,19 @@ def test_one_layer_is_smaller_and_the_others_are_not():
     assert whole.router.weight.shape == (4, 32) and whole.experts.num_experts == 4
 
 
+def test_what_a_router_has_behind_its_experts_stays():
+    """ZAYA's chooses among four experts and none, and asks its configuration for the number."""
+    model = tiny("zaya")
+    gate, config = model.model.layers[1].mlp.gate, model.config
+    assert gate.balancing_biases.shape == (5,) and gate.num_router_classes == 5
+    resize(model, {LAYER: entry(model)})
+    assert gate.balancing_biases.shape == (4,)
+    assert gate.router_mlp.out_proj.weight.shape == (4, gate.router_hidden_size)
+    assert (gate.num_experts, gate.num_router_classes, gate.config.num_experts) == (3, 4, 3)
+    assert model.model.layers[1].mlp.experts.down_proj.shape[0] == 3
+    assert config.num_experts == model.model.layers[2].mlp.gate.num_experts == 4
+
+
 def test_a_path_of_the_headless_model():
     model = tiny("mixtral").model
     resize(model, {LAYER: entry(tiny("mixtral"))})

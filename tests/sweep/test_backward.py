@@ -11,7 +11,7 @@ import pytest
 import torch
 from mctk.checkpoint import Source
 from mctk.errors import UserError
-from mctk.models import bank_sites, read_banks
+from mctk.models import bank_sites, find_layers, read_banks
 from mctk.statistics import Fisher, GradientCollector
 from mctk.sweep import (
     IGNORED,
@@ -20,6 +20,7 @@ from mctk.sweep import (
     BoundaryStore,
     ForwardSweep,
     LayerVisit,
+    Passed,
     StreamedModel,
 )
 from torch import nn
@@ -60,7 +61,7 @@ def reference(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tupl
     # The squares stand where weights do: split like them.
     return {
         (index, name): bank.terms[0].weight
-        for index, layer in enumerate(total.model.layers)
+        for index, layer in enumerate(find_layers(total)[1])
         for name, bank in read_banks(layer, index).items()
     }, losses
 
@@ -318,17 +319,26 @@ def test_a_layer_runs_once_a_visit(benches):
 # Boundaries.
 
 
+def _equal(a: Passed, b: Passed) -> bool:
+    """Whether all tensors of two are equal."""
+    pairs = zip(a.tensors("x").items(), b.tensors("x").items(), strict=True)
+    return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
+
+
 def test_which_boundaries_are_kept(tmp_path):
-    hidden = [torch.randn(2, 3, 4), torch.randn(1, 3, 4).to(torch.bfloat16)]
+    hidden = [
+        Passed(torch.randn(2, 3, 4), {"1.1": torch.arange(6).reshape(2, 3)}),
+        Passed(torch.randn(1, 3, 4).to(torch.bfloat16), {"1.1": torch.zeros(1, 3)}),
+    ]
     store = BoundaryStore(tmp_path / "kept", layers=7, every=3, first=4)
     assert [i for i in range(8) if store.keeps(i)] == [3, 6, 7]
-    assert store.nbytes(tokens=10, width=4, itemsize=2) == (3 + 2) * 10 * 4 * 2
+    assert store.nbytes(tokens=10, width=8) == (3 + 2) * 10 * 8
     assert not store.has(3)
     assert store.complete(3) and not store.complete(4)
     store.put(3, hidden)
     assert store.has(3) and store.complete(6) and not store.complete(7)
-    assert all(torch.equal(a, b) for a, b in zip(store.get(3), hidden, strict=True))
-    assert store.batch(3, 1).dtype == torch.bfloat16
+    assert all(_equal(a, b) for a, b in zip(store.get(3), hidden, strict=True))
+    assert store.batch(3, 1).hidden.dtype == torch.bfloat16
     store.segment().put(5, hidden)
     (store.directory / ".layer.6.safetensors.1.tmp").touch()
     store.clear()
@@ -359,7 +369,7 @@ def test_boundaries_are_kept_across_a_killed_forward_sweep(benches, tmp_path):
     sweep = ForwardSweep(bench.model, bench.ids, 2, state, store)
     sweep.run(plain, sweep.saved_layer())
     for layer, hidden in expected.items():
-        assert all(torch.equal(a, b) for a, b in zip(store.get(layer), hidden, strict=True))
+        assert all(_equal(a, b) for a, b in zip(store.get(layer), hidden, strict=True))
     assert not store.has(1)
     store.clear()
     with pytest.raises(ValueError, match="lacks boundaries below layer 2"):
@@ -377,7 +387,7 @@ def test_losses_that_are_not_finite(benches, tmp_path):
     bench = benches("mixtral")
     store = bench.forward(2)
     hidden = store.get(2)
-    hidden[1][0, 3, 5] = torch.nan
+    hidden[1].hidden[0, 3, 5] = torch.nan
     store.put(2, hidden)
     with pytest.raises(UserError, match=r"losses are not finite in torch.float32; try another"):
         BackwardSweep(bench.model, bench.ids, 2, store).run(lambda layer: None)
@@ -432,7 +442,7 @@ def test_bfloat16_gradients_come_near(benches):
     expected, own = reference(bench.whole, bench.ids, bench.ids)
     store = BoundaryStore(bench.root / "half", 2)
     ForwardSweep(half, bench.ids, 2, boundaries=store).run(plain)
-    assert store.batch(1, 0).dtype == torch.bfloat16
+    assert store.batch(1, 0).hidden.dtype == torch.bfloat16
     values: Values = {}
     losses = BackwardSweep(half, bench.ids, 2, store).run(bench.collecting(values))
     assert losses == pytest.approx(own, rel=0.05)

@@ -12,7 +12,7 @@ from mctk.checkpoint import Source
 from mctk.errors import UserError
 from mctk.files import write_tensors
 from mctk.sweep import ForwardSweep, LayerVisit, StreamedModel, stream_logits
-from mctk.sweep.stream import same
+from mctk.sweep.passed import same
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralModel
@@ -148,7 +148,7 @@ def test_hidden_states_leave_as_they_enter_the_next_layer(mixtral, tmp_path):
     for handle in handles:
         handle.remove()
     for b in range(2):
-        ours = [*(entering[i][b] for i in range(3)), final[b]]
+        ours = [*(entering[i][b] for i in range(3)), final[b].hidden]
         theirs = expected[4 * b : 4 * b + 4]
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
@@ -184,7 +184,7 @@ def test_a_sweep_goes_on_from_saved_states(mixtral, tmp_path, start):
 
     final = again.run(visit, start)
     assert seen == list(range(start, 3))
-    assert all(torch.equal(x, y) for x, y in zip(final, whole, strict=True))
+    assert all(torch.equal(x.hidden, y.hidden) for x, y in zip(final, whole, strict=True))
 
 
 def test_states_of_another_layer_are_not_taken(mixtral, tmp_path):
@@ -248,16 +248,23 @@ def _call(self: nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs:
 def test_a_layer_that_returns_more_than_hidden_states_is_refused(mixtral):
     mixtral.layers[0].__class__ = _More
     visited = []
-    with pytest.raises(UserError, match="_More: passes more than hidden states"):
+    with pytest.raises(UserError, match=r"_More, layer 0: returns a tensor of shape \[\]"):
         ForwardSweep(mixtral, families.token_ids(), 1).run(lambda x: visited.append(x) or plain(x))
     assert not visited  # before anything is collected
     assert real_layers(mixtral) == set()
 
 
-def test_arguments_that_depend_on_hidden_states_are_refused(mixtral):
-    _wrapped(mixtral.layers[1], energy=lambda hidden: hidden.square().mean())
+def test_arguments_that_depend_on_hidden_states_are_refused_where_nothing_shows_it(mixtral):
+    _wrapped(mixtral.layers[1], energy=lambda hidden: hidden.detach().square().mean())
     with pytest.raises(UserError, match="layer 1 gets other arguments"):
         ForwardSweep(mixtral, families.token_ids(), 1).run(plain)
+
+
+def test_arguments_that_depend_on_hidden_states_are_computed_anew(mixtral):
+    _wrapped(mixtral.layers[1], energy=lambda hidden: hidden.square().mean())
+    assert mixtral.wiring.computed
+    assert not any(mixtral.wiring.live)
+    ForwardSweep(mixtral, families.token_ids(), 1).run(plain)
 
 
 def test_state_that_is_passed_from_layer_to_layer_is_refused(mixtral, monkeypatch):
@@ -284,11 +291,11 @@ def test_layers_that_are_called_out_of_order_or_not_at_all_are_refused(mixtral, 
         type(mixtral.model.model.layers), "__getitem__", lambda self, i: layers[::-1][i]
     )
     mixtral.layers = layers
-    with pytest.raises(UserError, match="does not call its layers in order"):
+    with pytest.raises(UserError, match="calls layer 2 before layer 0"):
         sweep.run(plain)
     monkeypatch.undo()
     mixtral.model.config.num_hidden_layers = 2
-    with pytest.raises(UserError, match="calls only 2 of its layers"):
+    with pytest.raises(UserError, match="calls only 2 of its 3 layers"):
         sweep.run(plain)
 
 

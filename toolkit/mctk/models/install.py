@@ -10,8 +10,9 @@ from torch import nn
 
 from ..runtime import NUMBERS, is_expert_list, join, linears, swap
 from ..terms import Bank, Bias, Dense, compact, removed_members
-from .adapter import bank_sites, module_specs, unfused
+from .adapter import module_specs, unfused
 from .routing import RouterSite, clone, fewer_experts, find_router, router_of
+from .sites import bank_sites
 
 
 def keeps_form(banks: Iterable[Bank]) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UserError, brief
+from .composite import auto_class
+from .quantised import as_shown, refuse_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -41,18 +43,13 @@ def load_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
             f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is unknown to the "
             "installed transformers"
         )
-    for key in ("quantization_config", "compression_config"):
-        settings = raw.get(key)
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-        if settings and method != "mctk":
-            raise CheckpointError(
-                f"{path / 'config.json'}: {key}: weights quantised by {method!r} cannot be "
-                "compressed yet; give a bfloat16, float16 or float32 version of the model"
-            )
+    refuse_quantised(path, raw)
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a bad config
         raise CheckpointError(f"{path / 'config.json'}: {brief(error)}") from error
+    as_shown(config, raw)
+    return config
 
 
 def resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -61,7 +58,8 @@ def resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
 
     if name != "auto":
         return getattr(torch, name)
-    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    # In the order of `from_pretrained`, should the two differ.
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return dtype or torch.float32
@@ -70,7 +68,7 @@ def resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
 def build(
     config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Builds the causal language model with every parameter on the meta device.
+    """Builds the model that config.json names, with every parameter on the meta device.
 
     Buffers that no checkpoint holds (rotary frequencies) are real. A compressed checkpoint's
     modules are swapped in as on loading. The experts run by our implementation, so that a streamed
@@ -80,7 +78,6 @@ def build(
         UserError: transformers cannot build a causal language model of this configuration.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     from ..runtime import register, swap_from_config
@@ -98,7 +95,7 @@ def build(
     try:
         # Thousands of small experts take half a minute to be given random numbers of no use.
         with init_empty_weights(include_buffers=False), _empty_on_meta(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:

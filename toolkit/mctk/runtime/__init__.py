@@ -3,19 +3,19 @@
 `swap` puts them into a model; `from_pretrained` does so after `import mctk`.
 """
 
+from .counts import is_count_name, is_total_name, with_fewer
 from .dynamic import dynamic_pruning
 from .every import run_expert
 from .expert_list import (
     TermExpertList,
     is_expert_list,
     join,
-    linears,
-    list_layout,
     observed_forward,
 )
 from .experts import Observer, TermExperts, experts_forward, gate_up_rows
 from .gradients import GradientObserver
 from .linear import TermLinear
+from .list_layout import linears, list_layout
 from .listen import NUMBERS, observe, observe_forwards, observe_gradients
 from .names import GUARD, IMPLEMENTATION
 from .owner import TermModule, meta_tensors, tensor_elements, tensor_name
@@ -51,7 +51,9 @@ __all__ = [
     "dynamic_pruning",
     "experts_forward",
     "gate_up_rows",
+    "is_count_name",
     "is_expert_list",
+    "is_total_name",
     "join",
     "linears",
     "list_layout",
@@ -73,4 +75,5 @@ __all__ = [
     "swap_from_config",
     "tensor_elements",
     "tensor_name",
+    "with_fewer",
 ]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .expert_list import ACTIVATION, LIST_OBSERVER, TermExpertList, linears
+from .expert_list import LIST_OBSERVER, TermExpertList
 from .experts import observe
+from .list_layout import ACTIVATION, linears
 
 
 @torch.no_grad()

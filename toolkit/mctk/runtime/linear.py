@@ -31,8 +31,29 @@ class TermLinear(TermModule):
     ) -> None:
         shape = BankShape(1, out_features, in_features)
         super().__init__({LINEAR: shape}, {LINEAR: specs}, dtype)
+        self._dtype = dtype
         self.in_features = in_features
         self.out_features = out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [out, in], multiplied out.
+
+        For modelling code that reads a linear layer's matrix beside calling it: its dtype, or to
+        multiply by hand (Mamba's step sizes).
+        """
+        weight = self.bank().materialise(0)[0]
+        if weight is None:
+            owned = next(self.parameters(), None)
+            device = None if owned is None else owned.device
+            weight = torch.zeros(self.out_features, self.in_features, device=device)
+            weight = weight.to(self._dtype)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [out], None without one."""
+        return self.bank().materialise(0)[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x [..., in]`` to ``[..., out]``."""

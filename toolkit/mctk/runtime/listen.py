@@ -18,13 +18,13 @@ from .expert_list import (
     Routing,
     TermExpertList,
     is_expert_list,
-    linears,
     observed_forward,
 )
 from .experts import Observer
 from .experts import observe as observe_module
 from .gradients import GradientObserver
 from .gradients import observe_gradients as observe_module_gradients
+from .list_layout import linears
 
 # On a module of fewer experts: the numbers that they had before the others were removed.
 NUMBERS = "_mctk_numbers"

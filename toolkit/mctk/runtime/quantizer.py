@@ -6,6 +6,7 @@ Importing this module registers the format and our experts implementation.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -151,6 +152,9 @@ class MctkHfQuantizer(HfQuantizer):
                 raise CheckpointError(f"module {path}: {error}") from error
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)  # loading made them trainable
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [_sparing_terms(conversion) for conversion in conversions]
         restore_buffers(model)
 
     def is_serializable(self) -> bool:
@@ -161,6 +165,33 @@ class MctkHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through terms, so adapters can be trained on top."""
         return True
+
+
+def _sparing_terms(conversion: Any) -> Any:
+    """A weight conversion that, undone on saving, leaves the tensors of terms under their names.
+
+    Some families' patterns fit whatever has `gate_proj` or `up_proj` in its name: undone, they
+    would take the terms of the two for halves of one tensor and drop one of them. What it does on
+    loading stays: layers for multi-token prediction are loaded later, by the same conversions.
+
+    Args:
+        conversion: The conversion that loading applied.
+    """
+    kind: Any = type(conversion)
+
+    class SparingTerms(kind):
+        __slots__ = ()  # no attribute more: only then may an instance become one
+
+        def reverse_transform(self) -> Any:
+            undone = super().reverse_transform()
+            pattern = undone.compiled_sources.pattern
+            # What matched may end before the dot of `.terms_`, or with it.
+            undone.compiled_sources = re.compile(rf"(?:{pattern})(?!(?:.*\.)?terms_)")
+            return undone
+
+    found = copy.copy(conversion)
+    found.__class__ = SparingTerms
+    return found
 
 
 def _check_complete(model: PreTrainedModel, conversions: list, files: list[str]) -> None:

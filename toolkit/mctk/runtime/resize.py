@@ -7,12 +7,13 @@ which tensors along which dimension, which integers, which lists of experts. Not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import CheckpointError
+from .counts import with_fewer
 from .expert_list import join
 
 _KEYS = {"count", "tensors", "integers", "lists"}
@@ -37,13 +38,12 @@ def resize(model: nn.Module, experts: Mapping[str, Any]) -> None:
 
 
 def find_path(model: nn.Module, path: str) -> str:
-    """A module's path in this model, which may be the headless one or the one with a head.
+    """A module's path in this model: headless, with a head, or the text model alone of several.
 
     Raises:
         CheckpointError: It has no such module.
     """
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
+    for candidate in _paths(model, path):
         try:
             model.get_submodule(candidate)
         except AttributeError:
@@ -52,37 +52,74 @@ def find_path(model: nn.Module, path: str) -> str:
     raise CheckpointError(f"module {path}: {type(model).__name__} has no such module")
 
 
+def _paths(model: nn.Module, path: str) -> Iterator[str]:
+    """What a path may be in a model, last as loading renames the tensors that lie there."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    yield from (path, path.removeprefix(prefix), prefix + path)
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    if isinstance(model, PreTrainedModel):
+        for entry in get_model_conversion_mapping(model):
+            if isinstance(entry, WeightRenaming):
+                path, _ = entry.rename_source_key(path)
+        yield path
+
+
 def _resize(layer: nn.Module, entry: Any) -> None:
     if not isinstance(entry, Mapping) or set(entry) != _KEYS:
         raise CheckpointError(f"must have {', '.join(sorted(_KEYS))}, not {entry!r:.200}")
     count = entry["count"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise CheckpointError(f"count: must be a positive integer, not {count!r}")
+    sizes = {name: _size(layer, name, dim) for name, dim in entry["tensors"].items()}
+    small = [name for name, size in sizes.items() if size < count]
+    if small:
+        raise CheckpointError(
+            f"tensors.{small[0]}: has {sizes[small[0]]} entries, the checkpoint {count} experts"
+        )
+    # A router may have entries behind those of its experts (shared experts', for instance), which
+    # stay: what is smallest has none.
+    experts = min(sizes.values(), default=count)
+    holders = []
     for name, dim in entry["tensors"].items():
         module, key = _holder(layer, name, "tensors")
         store = module._parameters if key in module._parameters else module._buffers
-        tensor = store.get(key)
-        if tensor is None or not isinstance(dim, int) or not 0 <= dim < tensor.dim():
-            raise CheckpointError(f"tensors.{name}: the model has no such dimension ({dim!r})")
-        if tensor.shape[dim] < count:
-            raise CheckpointError(
-                f"tensors.{name}: has {tensor.shape[dim]} entries, the checkpoint {count} experts"
-            )
-        smaller = tensor.detach().narrow(dim, 0, count).clone()
+        tensor = store[key]
+        assert tensor is not None
+        smaller = tensor.detach().narrow(dim, 0, sizes[name] - experts + count).clone()
         store[key] = nn.Parameter(smaller) if isinstance(tensor, nn.Parameter) else smaller
+        holders.append(module)
     for name in entry["integers"]:
         module, key = _holder(layer, name, "integers")
-        if type(getattr(module, key, None)) is not int:
+        value = getattr(module, key, None)
+        if type(value) is not int:
             raise CheckpointError(f"integers.{name}: the model has no such integer")
-        setattr(module, key, count)
+        setattr(module, key, value - experts + count)
+        holders.append(module)
+    for module in holders:
+        # Experts ask their configuration how they are to run, which may yet change: no copy there.
+        if vars(module).get("config") is not None and not hasattr(module, "is_transposed"):
+            module.config = with_fewer(module.config, experts, count)
     for name in entry["lists"]:
         module, key = _holder(layer, name, "lists")
-        experts = getattr(module, key, None)
-        if not isinstance(experts, nn.ModuleList) or len(experts) < count:
+        listed = getattr(module, key, None)
+        if not isinstance(listed, nn.ModuleList) or len(listed) < count:
             raise CheckpointError(f"lists.{name}: the model has no list of {count} experts there")
-        fewer = nn.ModuleList(list(experts)[:count])
+        fewer = nn.ModuleList(list(listed)[:count])
         setattr(module, key, fewer)
         join(module, fewer)
+
+
+def _size(layer: nn.Module, name: str, dim: Any) -> int:
+    """How many entries a tensor has in a dimension."""
+    module, key = _holder(layer, name, "tensors")
+    store = module._parameters if key in module._parameters else module._buffers
+    tensor = store.get(key)
+    if tensor is None or not isinstance(dim, int) or not 0 <= dim < tensor.dim():
+        raise CheckpointError(f"tensors.{name}: the model has no such dimension ({dim!r})")
+    return tensor.shape[dim]
 
 
 def _holder(layer: nn.Module, path: Any, key: str) -> tuple[nn.Module, str]:

@@ -38,8 +38,13 @@ def swap(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
             raise CheckpointError(f"module {path}: {error}") from error
         replacement.train(original.training)
         model.set_submodule(own_path, replacement)
+        block = model.get_submodule(own_path.rpartition(".")[0])
+        if not isinstance(replacement, TermLinear):
+            # Some families' blocks would give random numbers to the experts that they had, before
+            # the checkpoint's come; what else a block holds is in the checkpoint as well.
+            block._is_hf_initialized = True
         if isinstance(replacement, TermExpertList):
-            follow(model.get_submodule(own_path.rpartition(".")[0]), replacement)
+            follow(block, replacement)
 
 
 def swap_from_config(model: nn.Module, config: MctkConfig | Mapping[str, Any]) -> None:

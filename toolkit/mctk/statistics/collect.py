@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from .needs import (
     ExpertFrequency,
     ExpertMeans,
     ExpertOutputs,
+    LayerPassed,
     LayerSamples,
     Need,
     RoutedOutputs,
@@ -82,6 +83,9 @@ class LayerCollector:
         self.samples: dict[LayerSamples, list[torch.Tensor]] = {
             need: [] for need in self.needs if isinstance(need, LayerSamples)
         }
+        self.passed: dict[LayerPassed, list[Mapping[str, torch.Tensor]]] = {
+            need: [] for need in self.needs if isinstance(need, LayerPassed)
+        }
 
     def _add(self, need: Need, banks: dict[str, Bank]) -> None:
         """Sets up who listens for a need."""
@@ -140,16 +144,34 @@ class LayerCollector:
         self.frequency[expert] += weights.shape[0]
         self.router_weight[expert] += float(weights.double().sum())
 
-    def sample(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Keeps the first sequences that enter the layer ([B, T, H] a batch), if asked for."""
-        for need, samples in self.samples.items():
-            kept = 0
-            for batch in inputs:
-                if kept >= need.tokens:
-                    break
-                rows = -(-(need.tokens - kept) // batch.shape[1])
-                samples.append(batch[:rows].cpu().clone())
-                kept += samples[-1].shape[0] * batch.shape[1]
+    def sample(
+        self,
+        inputs: Iterable[torch.Tensor],
+        more: Iterable[Mapping[str, torch.Tensor]] = (),
+    ) -> None:
+        """Keeps the first sequences that enter the layer, if asked for.
+
+        Args:
+            inputs: Hidden states [B, T, H], one entry a batch.
+            more: What enters it beside them, by name, one entry a batch; none if nothing does.
+        """
+        asking: list[LayerSamples | LayerPassed] = [*self.samples, *self.passed]
+        besides = iter(more)
+        seen = 0  # tokens of the batches before
+        for batch in inputs:
+            if all(need.tokens <= seen for need in asking):
+                break
+            beside = next(besides, {})
+            for need in asking:
+                rows = -(-(need.tokens - seen) // batch.shape[1])
+                if rows <= 0:
+                    continue
+                if isinstance(need, LayerSamples):
+                    self.samples[need].append(batch[:rows].cpu().clone())
+                else:
+                    kept = {name: tensor[:rows].cpu().clone() for name, tensor in beside.items()}
+                    self.passed[need].append(kept)
+            seen += batch.shape[0] * batch.shape[1]
 
     def result(self) -> LayerStatistics:
         """The layer's statistics, on the CPU."""
@@ -165,6 +187,12 @@ class LayerCollector:
                 values[need] = self.router_weight
             elif isinstance(need, LayerSamples):
                 values[need] = torch.cat(self.samples[need])
+            elif isinstance(need, LayerPassed):
+                batches = self.passed[need]
+                values[need] = {
+                    name: torch.cat([batch[name] for batch in batches])
+                    for name in (batches[0] if batches else ())
+                }
             else:
                 raise TypeError(f"no collector for {need!r}")
         return LayerStatistics(self.index, values, self.sites)

@@ -218,6 +218,8 @@ def _linear_hook(tap: _Tap) -> Callable[..., None]:
         x = args[0].detach()
         # [B, T, in], with heads between perhaps, or [B·T, in] as MoE blocks have it.
         if x.dim() > 2 and tap.length not in x.shape[1:-1]:
+            if not bool(x.any()):
+                return  # what stands before a sequence's first token: nothing to any gradient
             raise UserError(
                 f"{tap.name}: gets {list(x.shape)} where [batch, {tap.length}, features] was "
                 "expected; gradients of single sequences cannot be told apart"

@@ -143,6 +143,19 @@ class LayerSamples(Need):
 
 
 @dataclass(frozen=True)
+class LayerPassed(Need):
+    """What enters the layer beside `LayerSamples`, of the same sequences: name → tensor [n, ...].
+
+    The engine's own: most families pass hidden states alone (`sweep.passed` has the names).
+
+    Attributes:
+        tokens: As in `LayerSamples`.
+    """
+
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
 class ChannelMagnitude(Need):
     """Magnitude of each channel that enters a bank, summed over tokens: `Magnitude`.
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..models.routing import Rerouter, find_router
+from ..models.rerouter import Rerouter
+from ..models.routing import find_router
 from .needs import Need, RoutedOutputs, RouterLogits
 from .values import Moment
 
@@ -79,16 +80,20 @@ class LogitMoment:
         self, layer: nn.Module, sites: Mapping[str, BankSite], device: torch.device
     ) -> None:
         path = logit_weight(layer, sites)
+        router = find_router(layer, sites)
+        assert router is not None
+        self.experts = router.experts  # rows behind theirs are of what else the router serves
         self.module = layer.get_submodule(path.rpartition(".")[0])
         self.name = path.rpartition(".")[2]
-        experts = _tensor(layer, path).shape[0]
-        self.total = torch.zeros(1, experts, experts, dtype=torch.float32, device=device)
+        self.total = torch.zeros(1, self.experts, self.experts, dtype=torch.float32, device=device)
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the router's forward."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        weight, bias = getattr(module, self.name), getattr(module, "bias", None)
+        weight = getattr(module, self.name)[: self.experts]
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else bias[: self.experts]
         x = hidden.detach().reshape(-1, weight.shape[1]).float()
         logits = F.linear(x, weight.float(), None if bias is None else bias.float())
         self.total[0].addmm_(logits.T, logits)

@@ -12,6 +12,7 @@ from .needs import (
     ExpertMeans,
     ExpertOutputs,
     Fisher,
+    LayerPassed,
     LayerSamples,
     Need,
     RoutedOutputs,
@@ -30,7 +31,8 @@ def size_of(
 ) -> int:
     """Bytes that a statistic of one layer takes, for the plan.
 
-    Of samples that is an upper bound: less where there are fewer calibration tokens.
+    Of samples that is an upper bound: less where there are fewer calibration tokens. What passes
+    beside hidden states is known by running the model only: taken for as large as they are.
 
     Args:
         need: The statistic.
@@ -52,7 +54,7 @@ def size_of(
         return 4 * sites[need.bank].shape.parameters
     if isinstance(need, RowFisher):
         return 4 * sites[need.bank].shape.members * sites[need.bank].shape.out_features
-    if isinstance(need, LayerSamples):
+    if isinstance(need, LayerSamples | LayerPassed):
         return -(-need.tokens // length) * length * hidden * itemsize
     experts = max((s.shape.members for s in sites.values() if s.part == "down"), default=0)
     if isinstance(need, ExpertFrequency | RouterWeight):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.routing import Rerouter
+from ..models.rerouter import Rerouter
 from .needs import (
     ChannelEnergy,
     ChannelMagnitude,
     ExpertOutputs,
+    LayerPassed,
     Need,
     RoutedOutputs,
     RouterLogits,
@@ -126,6 +127,8 @@ def to_tensors(value: Any) -> dict[str, torch.Tensor]:
     """A statistic's value as named tensors, for storage."""
     if isinstance(value, torch.Tensor):
         return {"value": value}
+    if isinstance(value, Mapping):
+        return dict(value)
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     fields.pop("route", None)  # of the live layer
     return fields
@@ -133,6 +136,8 @@ def to_tensors(value: Any) -> dict[str, torch.Tensor]:
 
 def from_tensors(need: Need, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The inverse of `to_tensors`; a `RoutedSample` comes without a `route` (`unbound`)."""
+    if isinstance(need, LayerPassed):
+        return dict(tensors)
     kind = _VALUES.get(type(need))
     if kind is None:
         return tensors["value"]

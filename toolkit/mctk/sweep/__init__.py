@@ -3,7 +3,8 @@
 from .backward import IGNORED, BackwardSweep, BackwardVisit
 from .boundaries import BoundaryStore, KeptBatches
 from .forward import ForwardSweep, LayerVisit, embed_batches, stream_logits
-from .stream import LayerCall, StreamedModel
+from .passed import LayerCall, Passed
+from .stream import StreamedModel
 
 __all__ = [
     "IGNORED",
@@ -14,6 +15,7 @@ __all__ = [
     "KeptBatches",
     "LayerCall",
     "LayerVisit",
+    "Passed",
     "StreamedModel",
     "embed_batches",
     "stream_logits",

@@ -24,7 +24,8 @@ from ..files import write_tensors
 from ..models import gradients_enabled, has_expert_list
 from .boundaries import BoundaryStore
 from .forward import embed_batches
-from .stream import LayerCall, StreamedModel
+from .passed import LayerCall, Passed, batch_tensors, read_batch
+from .stream import StreamedModel
 
 IGNORED = -100
 """A label that is not counted, as in transformers."""
@@ -161,14 +162,13 @@ class BackwardSweep:
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
 
-    def _head(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Losses [N] and, per batch, their gradients in the last layer's outputs [B, T, H]."""
+    def _head(self) -> tuple[torch.Tensor, list[Passed]]:
+        """Losses [N] and, per batch, their gradients in what the last layer passes on."""
         model = self.model
         losses, gradients = [], []
         for b, ids in enumerate(self.batches):
-            hidden = self.boundaries.batch(len(model.layers), b)
-            hidden = hidden.to(model.device).requires_grad_()
-            logits = model.head(ids, hidden, grad=True)
+            passed = _leaves(self.boundaries.batch(len(model.layers), b).to(model.device))
+            logits = model.head(ids, passed, grad=True)
             if not logits.requires_grad:
                 raise UserError(
                     f"{type(model.model).__name__}: its head runs without gradients; Fisher "
@@ -182,7 +182,7 @@ class BackwardSweep:
                     "another dtype"
                 )
             losses.append(loss.detach().double().cpu())
-            gradients.append(torch.autograd.grad(loss.sum(), hidden)[0].cpu())
+            gradients.append(_gradients([loss.sum()], None, passed).cpu())
         return torch.cat(losses), gradients
 
     def _losses(self, b: int, logits: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class BackwardSweep:
         module: nn.Module,
         store: BoundaryStore,
         calls: list[list[LayerCall]],
-        gradients: list[torch.Tensor],
+        gradients: list[Passed],
     ) -> None:
         """Visits a filled layer; its outputs' gradients become its inputs', in place."""
         done = False
@@ -228,27 +228,31 @@ class BackwardSweep:
         self,
         index: int,
         module: nn.Module,
-        hidden: torch.Tensor,
+        passed: Passed,
         calls: list[LayerCall],
-        gradient: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gradient in a layer's inputs [B, T, H], of that in its outputs; with grad enabled."""
+        gradient: Passed,
+    ) -> Passed:
+        """The gradient in what enters a layer, of that in what leaves it; with grad enabled."""
         model = self.model
-        hidden = hidden.to(model.device).requires_grad_()
-        # A clone, because layers may change in place what they are given.
-        output = model.run_layer(index, hidden.clone(), calls[index])
-        if not output.requires_grad:
+        passed = _leaves(passed.to(model.device))
+        # Clones, because layers may change in place what they are given.
+        output = model.run_layer(index, passed.map(torch.clone), calls[index])
+        if not output.hidden.requires_grad:
             raise UserError(
                 f"{type(module).__name__}: layer {index} runs without gradients; Fisher "
                 "information is not to be had"
             )
-        gradient = torch.autograd.grad(output, hidden, gradient.to(model.device))[0].cpu()
-        if not bool(torch.isfinite(gradient).all()):
+        wanted = _differentiable(output)
+        outer = [gradient.hidden, *(gradient.more[name] for name in wanted.more)]
+        found = _gradients(
+            [wanted.hidden, *wanted.more.values()], [g.to(model.device) for g in outer], passed
+        ).cpu()
+        if not all(bool(torch.isfinite(g).all()) for g in (found.hidden, *found.more.values())):
             raise UserError(
                 f"{type(module).__name__}: gradients that leave layer {index} are not finite in "
                 f"{model.dtype}; try another dtype"
             )
-        return gradient
+        return found
 
     def _entering(self, index: int, calls: list[list[LayerCall]]) -> BoundaryStore:
         """The store that has what enters a layer, computed from a kept boundary where it must."""
@@ -264,24 +268,54 @@ class BackwardSweep:
             outputs = []
             with model.layer(layer), torch.no_grad():
                 for b, passed in enumerate(calls):
-                    hidden = store.batch(layer, b).to(model.device)
-                    outputs.append(model.run_layer(layer, hidden, passed[layer]).cpu())
+                    entering = store.batch(layer, b).to(model.device)
+                    outputs.append(model.run_layer(layer, entering, passed[layer]).cpu())
             segment.put(layer + 1, outputs)
         return segment
 
-    def _save(self, layer: int, losses: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+    def _save(self, layer: int, losses: torch.Tensor, gradients: list[Passed]) -> None:
         if self.state is None:
             return
-        payload = {f"batch.{b}": gradient for b, gradient in enumerate(gradients)}
+        payload = batch_tensors(gradients)
         metadata = {"layer": str(layer), "of": self.digest}
         write_tensors(self.state, {**payload, "losses": losses}, metadata)
 
-    def _load(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _load(self) -> tuple[torch.Tensor, list[Passed]]:
         from safetensors import safe_open
 
         with safe_open(str(self.state), framework="pt", backend="pread") as file:
-            gradients = [file.get_tensor(f"batch.{b}") for b in range(len(self.batches))]
+            gradients = [read_batch(file, b) for b in range(len(self.batches))]
             return file.get_tensor("losses"), gradients
+
+
+def _leaves(passed: Passed) -> Passed:
+    """The same tensors, each the start of a graph where it is such as has gradients."""
+    return passed.map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
+
+
+def _differentiable(passed: Passed) -> Passed:
+    """Those of the tensors that have gradients."""
+    more = {name: t for name, t in passed.more.items() if t.requires_grad}
+    return Passed(passed.hidden, more)
+
+
+def _gradients(
+    outputs: list[torch.Tensor], outer: list[torch.Tensor] | None, passed: Passed
+) -> Passed:
+    """The gradients in what was passed, of those in outputs; zero where nothing depends on it.
+
+    Args:
+        outputs: What was computed.
+        outer: The gradients in it; None if it is one number.
+        passed: What it was computed from, made by `_leaves`.
+    """
+    leaves = _differentiable(passed)
+    tensors = [leaves.hidden, *leaves.more.values()]
+    found = torch.autograd.grad(outputs, tensors, outer, allow_unused=True)
+    hidden, *more = (
+        torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)
+    )
+    return Passed(hidden, dict(zip(leaves.more, more, strict=True)))
 
 
 def _draw(scores: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..files import write_tensors
+from .passed import Passed, batch_tensors, count_batches, read_batch
 
 SEGMENT = "segment"
 
 
 class BoundaryStore:
-    """Hidden states at layer boundaries, one file each; a file is there whole or not at all.
+    """What passes layer boundaries, one file each; a file is there whole or not at all.
 
     Kept in the forward's dtype: a float32 model's rounded to bfloat16 moved squared gradients by 1
     to 8 %. It does not know which tokens they came from: that is for whoever makes the directory.
@@ -38,28 +37,28 @@ class BoundaryStore:
         lowest = self.first - self.first % self.every
         return layer == self.layers or (layer % self.every == 0 and layer >= lowest)
 
-    def put(self, layer: int, hidden: list[torch.Tensor]) -> None:
-        """Keeps what enters a layer: hidden states [B, T, H], one entry a batch."""
+    def put(self, layer: int, passed: list[Passed]) -> None:
+        """Keeps what enters a layer, one entry a batch."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(layer), {f"batch.{b}": x for b, x in enumerate(hidden)})
+        write_tensors(self._path(layer), batch_tensors(passed))
 
     def has(self, layer: int) -> bool:
         """Whether what enters a layer is there."""
         return self._path(layer).exists()
 
-    def get(self, layer: int) -> list[torch.Tensor]:
+    def get(self, layer: int) -> list[Passed]:
         """What enters a layer, all batches."""
         from safetensors import safe_open
 
         with safe_open(str(self._path(layer)), framework="pt", backend="pread") as file:
-            return [file.get_tensor(f"batch.{b}") for b in range(len(file.keys()))]
+            return [read_batch(file, b) for b in range(count_batches(file))]
 
-    def batch(self, layer: int, b: int) -> torch.Tensor:
-        """What enters a layer in batch b, [B, T, H]."""
+    def batch(self, layer: int, b: int) -> Passed:
+        """What enters a layer in batch b."""
         from safetensors import safe_open
 
         with safe_open(str(self._path(layer)), framework="pt", backend="pread") as file:
-            return file.get_tensor(f"batch.{b}")
+            return read_batch(file, b)
 
     def drop(self, layer: int) -> None:
         """Forgets what enters a layer."""
@@ -84,23 +83,22 @@ class BoundaryStore:
         """Room for boundaries that are computed again, while their segment is worked on."""
         return BoundaryStore(self.directory / SEGMENT, self.layers)
 
-    def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+    def nbytes(self, tokens: int, width: int) -> int:
         """Bytes on disk at the most, with a segment's boundaries computed again.
 
         Args:
             tokens: Calibration tokens in all.
-            width: Hidden size H.
-            itemsize: Bytes of one element of the forward's dtype.
+            width: Bytes of one token's hidden states, and of what passes beside them.
         """
         kept = sum(self.keeps(layer) for layer in range(self.layers + 1))
-        return (kept + self.every - 1) * tokens * width * itemsize
+        return (kept + self.every - 1) * tokens * width
 
     def _path(self, layer: int) -> Path:
         return self.directory / f"layer.{layer}.safetensors"
 
 
-class KeptBatches(Sequence[torch.Tensor]):
-    """What enters a layer, [B, T, H] a batch, each read from disk when it is asked for.
+class KeptBatches(Sequence[Passed]):
+    """What enters a layer, one entry a batch, each read from disk when it is asked for.
 
     Args:
         store: Where it is kept.

@@ -19,7 +19,16 @@ from torch import nn
 from ..errors import UserError
 from ..files import write_tensors
 from .boundaries import BoundaryStore
-from .stream import LayerCall, StreamedModel, hidden_of, same, share_calls
+from .passed import (
+    LayerCall,
+    Passed,
+    batch_tensors,
+    count_batches,
+    read_batch,
+    same_call,
+    share_calls,
+)
+from .stream import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,16 @@ class LayerVisit:
         index: The layer's number.
         module: The layer, filled.
         inputs: Hidden states [B, T, H] that enter it, one entry a batch (on the CPU).
-        run: Runs the layer on batch number b and returns its output [B, T, H] on the device.
+        more: What enters it beside them, as `Passed` names it, one entry a batch.
+        run: Runs the layer on batch number b and returns its output [B, T, H] on the device; with
+            False as second argument not for the next layer to see: the module is not the original.
     """
 
     index: int
     module: nn.Module
     inputs: list[torch.Tensor]
-    run: Callable[[int], torch.Tensor]
+    more: list[dict[str, torch.Tensor]]
+    run: Callable[..., torch.Tensor]
 
 
 class ForwardSweep:
@@ -66,16 +78,16 @@ class ForwardSweep:
 
     def run(
         self, visit: Callable[[LayerVisit], list[torch.Tensor]], start: int = 0
-    ) -> list[torch.Tensor]:
+    ) -> list[Passed]:
         """Visits every layer from `start` on.
 
         Args:
             visit: Is called with each layer; returns its outputs, one a batch.
-            start: The first layer to visit; above 0 the sweep's state file must hold the hidden
-                states that enter it, and the boundaries below must have been kept.
+            start: The first layer to visit; above 0 the sweep's state file must hold what enters
+                it, and the boundaries below must have been kept.
 
         Returns:
-            The last layer's outputs, one [B, T, H] a batch, on the CPU.
+            What the last layer passes on, one entry a batch, on the CPU.
 
         Raises:
             UserError: The layers' results do not add up to the model's own forward.
@@ -83,35 +95,28 @@ class ForwardSweep:
         model = self.model
         if self.boundaries is not None and not self.boundaries.complete(start):
             raise ValueError(f"{self.boundaries.directory}: lacks boundaries below layer {start}")
+        _ = model.wiring  # what cannot be streamed is refused before anything is read
         model.load_outer()
         entering, calls = embed_batches(model, self.batches)
         if start:
             entering = self._resume(start)
         # The model's own forward on the first batch drives the sweep: each layer is filled just
         # before its call and emptied after it.
-        done: list[torch.Tensor] = entering
+        done: list[Passed] = entering
 
         def drive(index: int, hidden: torch.Tensor, call: LayerCall) -> Any:
             nonlocal done
             if index < start:
-                return entering[0].to(model.device) if index == start - 1 else hidden
-            self._compare(index, hidden, call, done[0], calls[0][index])
+                first = entering[0].to(model.device)
+                return model.answer(index, hidden, call, first, start)
+            first = done[0].to(model.device)
+            self._compare(index, hidden, call, *model.arrive(index, first, calls[0][index]))
             with model.layer(index) as module, torch.no_grad():
                 own = type(module).forward(module, hidden, *call.args, **call.kwargs)
-                hidden_of(own, type(module).__name__)
-                if not _same_call(call, calls[0][index]):
-                    raise UserError(
-                        f"{type(module).__name__}: layer {index} changes what it is passed beside "
-                        "hidden states, for other layers to see; not supported"
-                    )
-                inputs = done
-                self._keep(index, inputs)
-
-                def run(b: int) -> torch.Tensor:
-                    return model.run_layer(index, inputs[b].to(model.device), calls[b][index])
-
-                outputs = visit(LayerVisit(index, module, inputs, run))
-            done = [output.cpu() for output in outputs]
+                model.leave(index, first, call, own)  # it must be such as can be carried on
+                self._compare_again(index, call, model.arrive(index, first, calls[0][index])[1])
+                self._keep(index, done)
+                done = self._visit(index, module, visit, done, calls)
             self._save(index + 1, done)
             return own
 
@@ -127,10 +132,35 @@ class ForwardSweep:
         self._keep(len(model.layers), done)
         return done
 
-    def _keep(self, layer: int, hidden: list[torch.Tensor]) -> None:
+    def _visit(
+        self,
+        index: int,
+        module: nn.Module,
+        visit: Callable[[LayerVisit], list[torch.Tensor]],
+        entering: list[Passed],
+        calls: list[list[LayerCall]],
+    ) -> list[Passed]:
+        """One visit to a filled layer; what it passes on, on the CPU."""
+        model = self.model
+        inputs = [passed.hidden for passed in entering]
+        more = [passed.more for passed in entering]
+        entering.clear()  # the visit frees inputs as it uses them
+        leaving: dict[int, dict[str, torch.Tensor]] = {}
+
+        def run(b: int, as_original: bool = True) -> torch.Tensor:
+            passed = Passed(inputs[b], more[b]).to(model.device)
+            output = model.run_layer(index, passed, calls[b][index])
+            if as_original:
+                leaving[b] = {name: tensor.cpu() for name, tensor in output.more.items()}
+            return output.hidden
+
+        outputs = visit(LayerVisit(index, module, inputs, more, run))
+        return [Passed(hidden.cpu(), leaving[b]) for b, hidden in enumerate(outputs)]
+
+    def _keep(self, layer: int, passed: list[Passed]) -> None:
         # Before the visit, which may free the inputs as it uses them.
         if self.boundaries is not None and self.boundaries.keeps(layer):
-            self.boundaries.put(layer, hidden)
+            self.boundaries.put(layer, passed)
 
     def _compare(
         self,
@@ -141,8 +171,8 @@ class ForwardSweep:
         call: LayerCall,
     ) -> None:
         """The model's own forward must reach layer `index` with what the sweep has for it."""
-        equal = torch.equal(own.cpu(), ours)
-        if equal and _same_call(own_call, call):
+        equal = torch.equal(own, ours)
+        if equal and same_call(own_call, call):
             return
         self._check_finite(own, f"what enters layer {index} is")
         what = "arguments" if equal else "hidden states"
@@ -150,6 +180,15 @@ class ForwardSweep:
             f"{type(self.model.model).__name__}: layer {index} gets other {what} in the model's "
             "own forward than when streamed; the family is not supported"
         )
+
+    def _compare_again(self, index: int, own: LayerCall, ours: LayerCall) -> None:
+        """A layer that has run must have left its arguments as they were, but for shared ones."""
+        shared = self.model.wiring.shared
+        if not same_call(own.without(shared), ours.without(shared)):
+            raise UserError(
+                f"{type(self.model.layers[index]).__name__}: layer {index} changes what it is "
+                "passed beside hidden states, for other layers to see; not supported"
+            )
 
     def _check_finite(self, values: torch.Tensor, what: str) -> None:
         """NaN is equal to nothing: it must not be taken for a family that cannot be streamed."""
@@ -159,19 +198,17 @@ class ForwardSweep:
                 "another dtype"
             )
 
-    def _save(self, index: int, hidden: list[torch.Tensor]) -> None:
-        if self.state is None:
-            return
-        payload = {f"batch.{b}": states for b, states in enumerate(hidden)}
-        write_tensors(self.state, payload, {"layer": str(index)})
+    def _save(self, index: int, passed: list[Passed]) -> None:
+        if self.state is not None:
+            write_tensors(self.state, batch_tensors(passed), {"layer": str(index)})
 
-    def _resume(self, start: int) -> list[torch.Tensor]:
+    def _resume(self, start: int) -> list[Passed]:
         from safetensors import safe_open
 
         with safe_open(str(self.state), framework="pt", backend="pread") as file:
             if (file.metadata() or {}).get("layer") != str(start):
                 raise ValueError(f"{self.state} does not hold the states that enter layer {start}")
-            return [file.get_tensor(f"batch.{b}") for b in range(len(self.batches))]
+            return [read_batch(file, b) for b in range(len(self.batches))]
 
     def saved_layer(self) -> int:
         """The layer that the saved hidden states enter; 0 if there are none that can be read."""
@@ -181,28 +218,23 @@ class ForwardSweep:
 
         try:
             with safe_open(str(self.state), framework="pt", backend="pread") as file:
-                names = {f"batch.{b}" for b in range(len(self.batches))}
                 layer = int((file.metadata() or {}).get("layer", "0"))
-                return layer if names == set(file.keys()) else 0
+                return layer if count_batches(file) == len(self.batches) else 0
         except (OSError, SafetensorError, ValueError):
             return 0
 
 
 def embed_batches(
     model: StreamedModel, batches: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
-    """What enters layer 0, one [B, T, H] a batch on the CPU, and what else layers are passed."""
-    hidden: list[torch.Tensor] = []
+) -> tuple[list[Passed], list[list[LayerCall]]]:
+    """What enters layer 0, one entry a batch on the CPU, and what else layers are passed."""
+    passed: list[Passed] = []
     calls: list[list[LayerCall]] = []
     for ids in batches:
         states, layer_calls = model.embed(ids)
-        hidden.append(states.cpu())
+        passed.append(states.cpu())
         calls.append(share_calls(layer_calls, calls[0] if calls else None))
-    return hidden, calls
-
-
-def _same_call(a: LayerCall, b: LayerCall) -> bool:
-    return same(a.args, b.args) and same(a.kwargs, b.kwargs)
+    return passed, calls
 
 
 def stream_logits(
@@ -233,6 +265,5 @@ def stream_logits(
             progress(layer.index + 1, len(model.layers))
         return outputs
 
-    hidden = sweep.run(visit)
-    for batch, states in zip(sweep.batches, hidden, strict=True):
-        yield model.head(batch, states.to(model.device))
+    for batch, passed in zip(sweep.batches, sweep.run(visit), strict=True):
+        yield model.head(batch, passed.to(model.device))

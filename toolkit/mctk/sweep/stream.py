@@ -12,66 +12,23 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import Source, check_tied, empty, fill, map_weights
+from ..checkpoint import Source, check_tied, empty, extra_layers, fill, map_weights
 from ..errors import UserError
-from ..models import build, find_layers, load_config, resolve_dtype
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What the model passed to one layer beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two recorded arguments are equal, tensors by value."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
-    if isinstance(a, tuple | list) and type(a) is type(b):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    try:
-        return bool(a is b or a == b)
-    except (RuntimeError, ValueError):  # objects that compare to something without a truth value
-        return False
-
-
-def _share(new: Any, old: Any) -> Any:
-    """Replaces tensors of `new` that equal those at the same place in `old` by the old ones.
-
-    Batches of one shape have the same masks and positions; kept once, they cost nothing.
-    """
-    if isinstance(new, torch.Tensor):
-        return old if isinstance(old, torch.Tensor) and same(new, old) else new
-    if isinstance(new, tuple | list) and isinstance(old, tuple | list) and len(new) == len(old):
-        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {key: _share(value, old.get(key)) for key, value in new.items()}
-    return new
-
-
-class _Indexed(Exception):
-    """A model took what a layer returned for a tuple."""
-
-
-class _Passed(Exception):
-    """A model passed what a layer returned to the next layer."""
-
-
-class _Probe:
-    """Stands for what a layer returns, to see what a model does with it."""
-
-    def __getitem__(self, index: Any) -> Any:
-        raise _Indexed
+from ..models import (
+    build,
+    find_layers,
+    language_part,
+    load_config,
+    resolve_dtype,
+    side_parts,
+)
+from .passed import LayerCall, Passed, describe, mapping_after, read_mapping
+from .wiring import Wiring, stand_ins, trace_wiring
 
 
 class StreamedModel:
@@ -102,17 +59,26 @@ class StreamedModel:
         self.config = load_config(source.path, source.config, trust_remote_code)
         self.dtype = resolve_dtype(dtype, self.config)
         self.model = build(self.config, self.dtype, trust_remote_code)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.language_path, self.language = language_part(self.model)
+        known = inspect.signature(self.language.forward).parameters
+        self._keeps_logits = "logits_to_keep" in known
         self.layers_path, self.layers = find_layers(self.model)
-        self._tuples: bool | None = None  # whether the model expects tuples of its layers
         self.weights = map_weights(self.model, source)
-        extra = getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-        self.layer_tensors, self.outer_tensors = self.weights.place(
-            self.layers_path, len(self.layers), extra
-        )
+        extra = extra_layers(self.model, source.config, self.weights.unread, len(self.layers))
+        self.layer_tensors, outer = self.weights.place(self.layers_path, len(self.layers), extra)
+        self.side = side_parts(self.model, self.layers_path)
+        # Source tensor → the part that it is of, where text alone never meets that part.
+        self.side_tensors = {
+            name: self.side[targets[0]]
+            for name, targets in self.weights.targets.items()
+            if all(target in self.side for target in targets)
+        }
+        self.outer_tensors = [name for name in outer if name not in self.side_tensors]
 
     def load_outer(self) -> None:
         """Reads what is not in a decoder layer: embeddings, final norm, head.
+
+        Vision and audio towers stay on meta: text does not pass through them.
 
         Raises:
             CheckpointError: A tensor is damaged, or config.json ties tensors that differ.
@@ -137,6 +103,15 @@ class StreamedModel:
             empty(module)
             _return_memory()
 
+    @functools.cached_property
+    def wiring(self) -> Wiring:
+        """How the model's own forward uses what its layers return.
+
+        Raises:
+            UserError: Its layers cannot be streamed one by one.
+        """
+        return trace_wiring(self.language, self.layers)
+
     @contextlib.contextmanager
     def replaced(self, forward: Callable[[int, torch.Tensor, LayerCall], Any]) -> Iterator[None]:
         """While open, the model's forward calls `forward(index, hidden, call)` for each layer.
@@ -144,91 +119,143 @@ class StreamedModel:
         Hidden states that it returns get to the model as its own layers return them: code of 2024
         expects a tuple.
         """
-        if self._tuples is None:
-            self._tuples = False  # the next line comes here again
-            self._tuples = self._expects_tuples()
-        tuples = self._tuples
+        elements = self.wiring.elements
 
-        def stand_in(index: int) -> Callable:
-            def call(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                output = forward(index, hidden_states, LayerCall(args, kwargs))
-                return (output,) if tuples and isinstance(output, torch.Tensor) else output
+        def stand_in(index: int, hidden: torch.Tensor, call: LayerCall) -> Any:
+            output = forward(index, hidden, call)
+            if elements and isinstance(output, torch.Tensor):
+                return (output, *[None] * (elements - 1))
+            return output
 
-            return call
-
-        for index, layer in enumerate(self.layers):
-            layer.forward = stand_in(index)  # an instance attribute: shadows the class's method
-        try:
+        with stand_ins(self.layers, stand_in):
             yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
-    def _expects_tuples(self) -> bool:
-        """Whether the model takes the hidden states out of a tuple that each layer returns."""
+    def run_layer(self, index: int, passed: Passed, call: LayerCall) -> Passed:
+        """Runs one filled layer's own forward on what passes to it.
 
-        def answer(index: int, hidden: torch.Tensor, call: LayerCall) -> _Probe:
-            if index:
-                raise _Passed
-            return _Probe()
-
-        with self.replaced(answer):
-            try:
-                self._forward(torch.zeros(1, 1, dtype=torch.int64))
-            except _Indexed:
-                return True
-            except Exception:  # a lone layer's probe goes on to the norm, which cannot take it
-                return False
-        return False
-
-    def run_layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Runs one filled layer's own forward on hidden states [B, T, H].
+        Args:
+            index: The layer.
+            passed: What the layers before it pass on.
+            call: What the model passes it beside that.
 
         Raises:
-            UserError: The layer returns more than hidden states; carrying those on would need
-                family code, and dropping them would be silently wrong.
+            UserError: The layer returns what cannot be carried on.
         """
         layer = self.layers[index]
+        hidden, call = self.arrive(index, passed, call)
         output = type(layer).forward(layer, hidden, *call.args, **call.kwargs)
-        return hidden_of(output, type(layer).__name__)
+        return self.leave(index, passed, call, output)
 
-    def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+    def arrive(self, index: int, passed: Passed, call: LayerCall) -> tuple[torch.Tensor, LayerCall]:
+        """The hidden states that a layer is passed, and what else.
+
+        Where a family's layers are passed what others gave, the model's own forward runs up to the
+        layer, with stand-ins for those before it; gradients pass through what it computes.
+        """
+        if call.ids is None:
+            return passed.hidden, call
+
+        def stand_in(at: int, hidden: torch.Tensor, own: LayerCall) -> Any:
+            if at == index:
+                raise _Arrived(hidden, own)
+            return self.answer(at, hidden, own, passed, index)
+
+        try:
+            with self.replaced(stand_in):
+                # Over all tokens: some models pass the later layers only those that the head needs.
+                self._forward(call.ids, grad=torch.is_grad_enabled())
+        except _Arrived as arrival:
+            # Embeddings are the same whenever they are computed; gradients want the ones given.
+            return arrival.hidden if index else passed.hidden, arrival.call
+        raise UserError(f"{type(self.model).__name__}: does not call layer {index} every time")
+
+    def answer(
+        self, index: int, hidden: torch.Tensor, call: LayerCall, passed: Passed, boundary: int
+    ) -> Any:
+        """What the model gets of a layer that has run, from what passes a boundary after it.
+
+        Args:
+            index: The layer.
+            hidden: Hidden states that the model passed it.
+            call: What else.
+            passed: What passes the boundary.
+            boundary: The layer after the boundary.
+        """
+        more = passed.more
+        first = passed.hidden if index == boundary - 1 else more.get(f"{index}.0", hidden)
+        for name in self.wiring.shared:
+            call.kwargs[name].update(read_mapping(more, f"{index}.{name}."))
+        if not more:
+            return first
+        others = [more.get(f"{index}.{element}") for element in range(1, self.wiring.elements)]
+        return (first, *others) if self.wiring.elements else first
+
+    def leave(self, index: int, passed: Passed, call: LayerCall, output: Any) -> Passed:
+        """What passes the boundary after a layer that has run.
+
+        Args:
+            index: The layer.
+            passed: What passed the boundary before it.
+            call: What it was passed, after it has run.
+            output: What it returned.
+
+        Raises:
+            UserError: The layer returns what cannot be carried on.
+        """
+        name = f"{type(self.layers[index]).__name__}, layer {index}"
+        wiring = self.wiring
+        hidden, *others = elements_of(output, wiring.elements, name)
+        found = {f"{index}.0": hidden, **passed.more}
+        found |= {f"{index}.{number}": value for number, value in enumerate(others, 1)}
+        if index:
+            found[f"{index - 1}.0"] = passed.hidden
+        more = {key: found[key] for key in wiring.live[index + 1] if found.get(key) is not None}
+        for argument in wiring.shared:
+            prefix = f"{index}.{argument}."
+            earlier = {k: t for k, t in passed.more.items() if f".{argument}." in k}
+            more |= mapping_after(call.kwargs[argument], earlier, prefix, name)
+        for key, value in more.items():
+            if not isinstance(value, torch.Tensor) or value.shape[:1] != hidden.shape[:1]:
+                raise UserError(
+                    f"{name}: returns {describe(value)} beside hidden states ({key}), which a "
+                    "later layer is passed; only tensors of as many sequences can be carried on"
+                )
+        return Passed(hidden, more)
+
+    def embed(self, ids: torch.Tensor) -> tuple[Passed, list[LayerCall]]:
         """Runs the model's forward with pass-through layers.
 
         Args:
             ids: Token ids [B, T].
 
         Returns:
-            The hidden states that enter layer 0 and, per layer, what else it was passed.
+            What enters layer 0 and, per layer, what else it was passed.
         """
         calls: list[LayerCall] = []
         first: list[torch.Tensor] = []
 
         def record(index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-            if index != len(calls):
-                raise UserError(f"{type(self.model).__name__}: does not call its layers in order")
             if index == 0:
                 first.append(hidden)
-            calls.append(call)
+            calls.append(LayerCall((), {}, ids) if self.wiring.more else call)
             return hidden
 
         with self.replaced(record):
             self._forward(ids, last_only=True)
-        if len(calls) != len(self.layers):
-            raise UserError(f"{type(self.model).__name__}: calls only {len(calls)} of its layers")
-        return first[0], calls
+        return Passed(first[0]), calls
 
-    def head(self, ids: torch.Tensor, hidden: torch.Tensor, grad: bool = False) -> torch.Tensor:
-        """Turns the last layer's output [B, T, H] into logits [B, T, V], as the model does it.
+    def head(self, ids: torch.Tensor, passed: Passed, grad: bool = False) -> torch.Tensor:
+        """Turns what the last layer passes on into logits [B, T, V], as the model does it.
 
         Args:
             ids: Token ids [B, T].
-            hidden: The last layer's output.
+            passed: What passes the boundary after the last layer.
             grad: Whether gradients are recorded.
         """
+        count = len(self.layers)
 
-        def give(index: int, entering: torch.Tensor, call: LayerCall) -> torch.Tensor:
-            return hidden if index == len(self.layers) - 1 else entering
+        def give(index: int, entering: torch.Tensor, call: LayerCall) -> Any:
+            return self.answer(index, entering, call, passed, count)
 
         with self.replaced(give):
             return self._forward(ids, grad=grad)
@@ -239,21 +266,31 @@ class StreamedModel:
         # Where only the layers' arguments matter, the head need not run over every token.
         keep = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
         with torch.set_grad_enabled(grad):
-            return self.model(input_ids=ids.to(self.device), use_cache=False, **keep).logits
+            return self.language(input_ids=ids.to(self.device), use_cache=False, **keep).logits
 
 
-def hidden_of(output: Any, name: str) -> torch.Tensor:
-    """The hidden states that a layer returned.
+class _Arrived(Exception):
+    """The model has called the layer that is waited for."""
+
+    def __init__(self, hidden: torch.Tensor, call: LayerCall) -> None:
+        super().__init__()
+        self.hidden, self.call = hidden, call
+
+
+def elements_of(output: Any, elements: int, name: str) -> list[Any]:
+    """What a layer returned, as many elements as its model takes; the first are hidden states.
 
     Raises:
-        UserError: It returned something else besides.
+        UserError: It returned something else.
     """
-    if isinstance(output, torch.Tensor):
-        return output
-    extra = [x for x in output[1:] if x is not None] if isinstance(output, tuple) else [output]
-    if extra or not isinstance(output[0], torch.Tensor):
-        raise UserError(f"{name}: passes more than hidden states to the next layer; not supported")
-    return output[0]
+    found = list(output) if isinstance(output, tuple) else [output]
+    beside = [value for value in found[max(1, elements) :] if value is not None]
+    if not isinstance(found[0], torch.Tensor) or beside:
+        raise UserError(
+            f"{name}: returns {describe(beside[0] if beside else output)} where its model's "
+            "forward takes hidden states alone; not supported"
+        )
+    return found[: max(1, elements)]
 
 
 @functools.cache
@@ -277,16 +314,3 @@ def _return_memory() -> None:
     trim = _trimmer()
     if trim is not None:
         trim(0)
-
-
-def share_calls(calls: list[LayerCall], earlier: list[LayerCall] | None) -> list[LayerCall]:
-    """Keeps the tensors of an earlier batch's calls where a new batch's are equal to them.
-
-    Within one batch, too, layers are mostly passed the same objects; those stay shared.
-    """
-    if earlier is None:
-        return calls
-    return [
-        LayerCall(_share(new.args, old.args), _share(new.kwargs, old.kwargs))
-        for new, old in zip(calls, earlier, strict=True)
-    ]

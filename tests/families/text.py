@@ -1,0 +1,256 @@
+"""Tiny configurations of the families a to h with a text-only causal language model.
+
+Their layers are few, but each kind that the family has occurs: dense first layers, sliding and
+full attention, state space layers ...
+"""
+
+from __future__ import annotations
+
+from .common import INDEXER, LATENT_ATTENTION
+
+_DENSE_FIRST = {
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
+_ONE_SHARED = {"n_routed_experts": 4, "n_shared_experts": 1}
+_GROUPS = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+_GRANITE = {
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "residual_multiplier": 0.7,
+    "embedding_multiplier": 1.5,
+    "logits_scaling": 2.0,
+}
+
+TEXT: dict[str, dict] = {
+    "afmoe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "mup_enabled": True,
+        "route_scale": 1.5,
+    },
+    "aria_text": {
+        "intermediate_size": 24,
+        "num_experts_per_tok": None,
+        "moe_num_experts": 4,
+        "moe_topk": 2,
+        "moe_num_shared_experts": 1,
+    },
+    "axk1": {**LATENT_ATTENTION, **_DENSE_FIRST, **_GROUPS},
+    "axk2": {
+        **LATENT_ATTENTION,
+        **INDEXER,
+        **_DENSE_FIRST,
+        **_GROUPS,
+        "gated_norm_rank": 4,
+    },
+    "bailing_hybrid": {
+        **LATENT_ATTENTION,
+        **_DENSE_FIRST,
+        "num_local_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "num_mtp_layers": 0,
+    },
+    "beam": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+    "cohere2_moe": {
+        "intermediate_size": 24,
+        "prefix_dense_intermediate_size": 40,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+    "deepseek_v2": {
+        **LATENT_ATTENTION,
+        **_DENSE_FIRST,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": {**LATENT_ATTENTION, **_DENSE_FIRST, **_GROUPS, "routed_scaling_factor": 1.5},
+    "deepseek_v32": {**LATENT_ATTENTION, **INDEXER, **_DENSE_FIRST, **_GROUPS},
+    "deepseek_v4": {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_hidden_layers": 3,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "sliding_window": 8,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "hc_mult": 2,
+        "swiglu_limit": 1.0,
+        **INDEXER,
+    },
+    "dots1": {
+        **_DENSE_FIRST,
+        **_ONE_SHARED,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "ernie4_5_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": None,
+        "moe_k": 2,
+        "moe_num_experts": 4,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+    },
+    "exaone_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 4},
+    "flint": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+        "num_experts": 4,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "head_dim": 16,
+    },
+    "glm4_moe": {**_DENSE_FIRST, **_ONE_SHARED, "head_dim": 16, "use_qk_norm": True},
+    "glm4_moe_lite": {
+        **LATENT_ATTENTION,
+        **_ONE_SHARED,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+    },
+    # The last layer attends to what the second one's indexer chose.
+    "glm_moe_dsa": {
+        **LATENT_ATTENTION,
+        **INDEXER,
+        **_DENSE_FIRST,
+        **_ONE_SHARED,
+        "indexer_types": ["full", "full", "shared"],
+    },
+    "gpt_oss": {
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granitemoe": {**_GRANITE, "tie_word_embeddings": True},
+    "granitemoe_swa": {
+        **_GRANITE,
+        "shared_intermediate_size": 20,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "layer_rope_theta": [0.0, 10000.0],
+        "sliding_window": 8,
+    },
+    "granitemoehybrid": {
+        **_GRANITE,
+        "shared_intermediate_size": 20,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 20},
+    "hunyuan_v1_moe": {
+        "intermediate_size": 24,
+        "num_experts_per_tok": None,
+        "num_experts": 4,
+        "moe_topk": 2,
+        "head_dim": 16,
+    },
+    "hy_v3": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    },
+}
+
+NO_LANGUAGE_MODEL: dict[str, dict] = {
+    # Denoises blocks of text with attention in both directions: no next token is predicted.
+    "diffusion_gemma": {
+        "text_config": {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "num_experts_per_tok": None,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
+        "image_token_id": 90,
+        "boi_token_id": 91,
+        "eoi_token_id": 92,
+        "canvas_length": 8,
+    },
+    # Labels tokens.
+    "openai_privacy_filter": {
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "sliding_window": 8,
+    },
+}
+"""Families with experts that are no causal language models: what mctk says to them is tested."""
