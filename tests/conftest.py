@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread, slow tests only when asked for."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,11 @@ torch.set_num_threads(1)
 def modules_cache() -> Path:
     """Where transformers copies remote code to."""
     return Path(os.environ["HF_MODULES_CACHE"])
+
+
+def pytest_collection_finish():
+    # A streamed model collects garbage after each layer: not among what libraries hold for good.
+    gc.freeze()
 
 
 def pytest_sessionfinish():

@@ -13,7 +13,7 @@ PLUGINS = ROOT / "plugins"
 LINES = [
     {"__main__"},
     {"cli"},
-    {"compare"},
+    {"compare", "export"},
     {"engine"},
     {"plan", "report", "evaluate", "decompose"},
     {"recipe", "hookspecs", "registry", "sweep", "checkpoint", "data"},

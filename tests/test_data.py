@@ -161,6 +161,8 @@ def test_a_mix_draws_by_weight_and_mixes_the_order(tmp_path):
         row for row, name in zip(drawn.ids.tolist(), drawn.sources, strict=True) if name == "one"
     ]
     assert rows == alone.ids.tolist()
+    one = calibration_windows(Tokenizer(), parts, 1, 32, 0)  # fewer sequences than sources
+    assert one.sources == ["two"]
 
 
 def test_evaluation_windows_are_the_joined_text_in_order(tmp_path):
@@ -246,7 +248,7 @@ def test_named_datasets_are_joined_as_papers_do(monkeypatch):
         ("ptb_text_only", "validation"),
     ]
     assert calls[2][2] == {"train": "en/c4-train.00000-of-01024.json.gz"}
-    with pytest.raises(UserError, match="dataset c4 has no split 'test'"):
+    with pytest.raises(UserError, match="dataset: c4 has no split 'test'"):
         list(load_documents(Source(dataset="c4", split="test")))
 
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -328,6 +329,32 @@ def test_the_effective_recipe_can_be_read_again(load, tmp_path):
     again = load_recipe(tmp_path / "again.yaml", registry=fake_registry())
     assert again.canonical() == recipe.canonical()
     assert again.revision == "1e3"
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/me/project/models/moe", "models/moe"),  # beside the recipe
+        ("/home/me/secret/moe", "moe"),
+        ("/home/me/secret/books/*.jsonl", "books/*.jsonl"),
+        ("/home/me/secret/**/a.txt", "secret/**/a.txt"),
+        ("~/secret/moe", "moe"),
+        ("demo/model", "demo/model"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("/", "/"),
+    ],
+)
+def test_published_paths_are_names(path, shown):
+    from mctk.recipe.published import published, published_command
+
+    root = Path("/home/me/project")
+    assert published({"a": [path, 1, None]}, root) == {"a": [shown, 1, None]}
+    if not path.startswith("/home/me/project"):
+        line = f"mctk run a.yaml --model '{path}' --set 'model={path}'"
+        assert shlex.split(published_command(line))[4:] == [shown, "--set", f"model={shown}"]
+        inside = published_command(f"mctk run a.yaml --set 'calibration={{text: [{path}, b.txt]}}'")
+        assert shlex.split(inside)[-1] == f"calibration={{text: [{shown}, b.txt]}}"
 
 
 def test_the_fingerprint_is_of_what_decides_the_checkpoint(load):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from families import VOCABULARY, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.families import VOCABULARY, tiny
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 
@@ -16,6 +17,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Splits into bytes.
+
+    Some families' tokenizer class takes a file's vocabulary and cuts text by rules of its own,
+    which know no words but those that are merged of bytes.
+    """
+    characters = ["Ġ", *map(chr, range(ord("!"), ord("!") + VOCABULARY - 5))]
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", *characters, "<unk>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

@@ -55,7 +55,7 @@ class Naee(Method):
     name = "naee"
     scope = "experts"
     summary = "Keeps the experts whose layer output is nearest to the original's (NAEE)."
-    reference = "arXiv 2402.14800, section 3.2"
+    reference = "arXiv 2402.14800"
     Options = NaeeOptions
     takes_size = True
     same_size = True

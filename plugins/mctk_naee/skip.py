@@ -42,7 +42,7 @@ class SkipExperts(Method):
     name = "skip_experts"
     scope = "experts"
     summary = "At run time skips a token's second expert if its weight is small (NAEE)."
-    reference = "arXiv 2402.14800, section 3.3"
+    reference = "arXiv 2402.14800"
     Options = SkipOptions
 
     def needs(self, shape: BankShape, bank: str, options: SkipOptions) -> list[Need]:

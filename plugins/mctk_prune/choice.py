@@ -20,6 +20,7 @@ class ChoiceOptions(MethodOptions):
 
     protect: dict[int, list[int]] = Field(
         default={},
+        json_schema_extra={"keys": "layers"},
         description="experts that stay whatever their score, by layer: {0: [3, 17]} (both counted "
         "from 0), such as those that were found to matter beyond all others",
     )

@@ -49,6 +49,25 @@ IN_RECIPE = {
         "layers:",
         "{at}: key steps.0.layers: there is no layer 3; the last is 2",
     ),
+    "option of a layer too many": (
+        {"steps": [{"prune": "frequency", "options": {"protect": {77: [1]}}}]},
+        "77:",
+        "{at}: key steps.0.options.protect.77: there is no layer 77; the last is 2",
+    ),
+    "option of a layer left out": (
+        {"steps": [{"prune": "frequency", "layers": 0, "options": {"protect": {1: [1]}}}]},
+        "1:",
+        "{at}: key steps.0.options.protect.1: has no effect: the step does not work on layer 1",
+    ),
+    "size beside a pattern": (
+        {
+            "budget": None,
+            "steps": [{"prune": "magnitude", "size": {"keep": 0.6}, "options": {"pattern": "2:4"}}],
+        },
+        "keep:",
+        "{at}: key steps.0.size.keep: 0.6 has no effect: with these options prune/magnitude has "
+        "one size of experts.gate of layer 0; write {{keep: 0.5}}",
+    ),
     "budget too tight": (
         {"budget": {"remove": 0.98}},
         "budget:",
@@ -61,13 +80,28 @@ IN_RECIPE = {
     ),
     "too little text": (
         {"calibration": {"text": "short.txt", "sequences": 100, "length": 128}},
-        None,
-        "calibration text 'short' gives ",
+        "calibration:",
+        "{at}: key calibration: calibration text 'short' gives ",
     ),
     "no text": (
         {"calibration": {"text": "nothing/*.txt"}},
-        None,
-        "text: no file matches 'nothing/*.txt'",
+        "nothing/*.txt",
+        "{at}: key calibration.text: no file matches 'nothing/*.txt'",
+    ),
+    "no text in a mix": (
+        {"calibration": {"mix": [{"dataset": "c4"}, {"text": "absent.jsonl"}]}},
+        "absent.jsonl",
+        "{at}: key calibration.mix.1.text: there is no file 'absent.jsonl'",
+    ),
+    "no evaluation text": (
+        {"evaluate": {"perplexity": [{"text": "absent.txt", "name": "a"}]}},
+        "absent.txt",
+        "{at}: key evaluate.perplexity.0.text: there is no file 'absent.txt'",
+    ),
+    "evaluation text too short": (
+        {"evaluate": {"perplexity": [{"text": "short.txt", "length": 64}]}},
+        "text: short.txt",
+        "{at}: key evaluate.perplexity.0: evaluation text 'short' has ",
     ),
     "missing model": (
         {"model": "/no/such/model"},

@@ -12,6 +12,8 @@ from tests.cli.mistakes import damage, each_damage, each_in_recipe, placed
 
 @pytest.fixture(autouse=True)
 def no_weight_is_read(monkeypatch):
+    import mctk.engine  # noqa: F401 (who imports the function now would keep the refusing one)
+
     def refuse(*arguments, **settings):
         raise AssertionError("a plan read weights")
 
@@ -50,6 +52,22 @@ def test_a_bound_says_that_it_is_one(mctk, write_recipe):
     assert "a bound: the allocator decides by measured errors" in out
     assert "planned (exact)" not in out and "decided by errors" in out
     assert "speed:" not in out
+
+
+@pytest.mark.parametrize(
+    "step", [{"prune": "skip_experts"}, {"merge": "m_smoe", "size": {"rank": 2}}]
+)
+def test_what_calibration_decides_is_bounded(mctk, write_recipe, step):
+    """Whom a token skips, and who shares a group, no header tells."""
+    recipe = write_recipe(budget=None, steps=[step])
+    sizes = json.loads(mctk("plan", recipe, "--json")[1])["sizes"]
+    assert sizes["planned"] and not sizes["exact"]
+    assert sizes["at_most"] == ["active_parameters", "macs_per_token"]
+    code, out, _ = mctk("plan", recipe)
+    assert code == 0 and "(exact)" not in out and "times as fast" not in out
+    assert re.search(r"active parameters +\S+ \S+ +≤ ", out)
+    assert re.search(r"parameters +\d\S* .? +\d", out)  # what is stored is known
+    assert out.count("depends on calibration") == 2
 
 
 def test_a_run_keeps_what_its_plan_promised(mctk, write_recipe, tmp_path):

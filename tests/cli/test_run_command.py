@@ -66,6 +66,27 @@ def test_json_and_quiet(mctk, write_recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_others_may_read_names_no_path_of_this_machine(mctk, write_recipe, mixtral, tmp_path):
+    text = str(TEXT / "test" / "bible.jsonl")
+    recipe = write_recipe(
+        steps=[{"decompose": "svd", "size": {"keep": 0.5}}],
+        budget=None,
+        evaluate={"perplexity": [{"text": text, "length": 64, "windows": 1}]},
+    )
+    assert (
+        mctk("run", recipe, "--quiet", "-o", tmp_path / "out", "--set", f"model={mixtral}")[0] == 0
+    )
+    for name in ("README.md", "report.md", "recipe.yaml"):
+        said = (tmp_path / "out" / name).read_text()
+        for private in (mixtral.parent, tmp_path, TEXT, Path.home()):
+            assert str(private) not in said, (name, private)
+        assert "bible.jsonl" in said and mixtral.name in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"# {mixtral.name}, compressed by mctk" in card
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["model"]["path"] == str(mixtral) and metrics["model"]["name"] == mixtral.name
+
+
 @each_in_recipe
 def test_mistakes_are_one_line_with_their_place(
     refused, write_recipe, short, tmp_path, change, written, message

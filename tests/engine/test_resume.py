@@ -21,7 +21,8 @@ from mctk.errors import UserError
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 
-from tests.engine.conftest import save_mixtral
+from tests.engine.conftest import DEMO, save_mixtral
+from tests.families import tiny
 
 
 def work(recipe: Path, cache: Path, output: Path, fatal: int | None, after: bool, count) -> None:
@@ -85,6 +86,17 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(recipe, tmp_path):
 def test_killed_in_a_backward_sweep_whose_gradients_are_kept(write_recipe, tmp_path):
     steps = [{"decompose": "fwsvd", "options": {"rank_multiple": 1}}]
     check(write_recipe(steps=steps), tmp_path, [0.45])
+
+
+def test_killed_where_more_than_hidden_states_is_carried(write_recipe, tmp_path):
+    model = tmp_path / "model"
+    tiny("mistral_large4", vocab_size=4096).save_pretrained(model, max_shard_size="200kB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "model" / name, model)
+    low_rank = {"decompose": "delta_svd", "size": "auto", "options": {"rank_multiple": 1}}
+    steps = [{**step, "targets": "experts.*"} for step in ({"merge": "fisher"}, low_rank)]
+    recipe = write_recipe(model=str(model), steps=steps, budget={"remove": 0.3, "of": "experts"})
+    check(recipe, tmp_path, [0.5])
 
 
 @pytest.mark.slow

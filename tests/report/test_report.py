@@ -37,8 +37,41 @@ def test_the_report_says_it_all():
     assert "3 min 20 s" in text and "1.23 GB" in text
     assert "```yaml\nmodel: owner/tiny-moe\n```" in text
     assert "```bash\nmctk run recipes/small.yaml\n```" in text
-    trace = [line for line in text.splitlines() if "experts.down |" in line and "0.0300" in line]
-    assert len(trace) == 2 and "—" in trace[0]
+
+
+def trace_of(text: str) -> list[list[str]]:
+    """The cells of the error table, its header first."""
+    lines = text[text.index("## Error after each pass") :].splitlines()
+    end = next(i for i, line in enumerate(lines) if i and line.startswith("## "))
+    table = [line for line in lines[:end] if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[:1] + table[2:]]
+
+
+def test_errors_stand_once_a_layer_and_step():
+    """A figure of the whole layer is not repeated for each bank that the step worked on."""
+    header, *rows = trace_of(render_report(metrics()))
+    assert header == ["layer", "after step", "layer's output", "experts.gate", "experts.down"]
+    assert rows == [["0", "0", "0.0300", "0.0100", "—"], ["1", "0", "0.0300", "0.0100", "—"]]
+    changed = metrics()
+    both = changed["layers"][0]["trace"]
+    changed["layers"] = [{"layer": 7, "trace": [*both, *({**e, "step": "stored"} for e in both)]}]
+    assert [row[:2] for row in trace_of(render_report(changed))[1:]] == [
+        ["7", "0"],
+        ["7", "stored"],
+    ]
+    changed["layers"][0]["trace"] = [*both, *both]  # the same method twice is two steps
+    assert len(trace_of(render_report(changed))) == 3
+
+
+def test_what_the_plan_could_only_bound_is_said_to_be_bounded():
+    changed = metrics()
+    changed["sizes"]["at_most"] = ["active_parameters", "macs_per_token"]
+    changed["sizes"]["attained"]["active_parameters"] -= 500_000
+    text = render_report(changed)
+    part = text[text.index("## Size") :]
+    assert row(part, "active parameters")[2:] == ["≤ 2,500,000", "2,000,000", "-500,000"]
+    assert row(part, "stored parameters")[2] == "7,000,000" and "≤: at most;" in part
+    assert "≤" not in render_report(metrics())
 
 
 def test_prediction_stands_beside_measurement():

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Writes a safetensors file atomically, tensor by tensor, its data aligned to 64 bytes.
+
+    Args:
+        path: The file.
+        tensors: What it holds, by name.
+        metadata: Strings to store with it.
+        read: Gives a tensor when its turn comes, so that they need not all be in memory; those of
+            `tensors` are then on the meta device.
 
     The library's own writer aligns to 8. Processors multiply unaligned matrices by other kernels,
     with other last bits: a model mapped into memory from such a file would not give the logits
@@ -82,7 +92,8 @@ def write_tensors(
     with _beside(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            tensor = tensors[name] if read is None else read(name)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(memoryview(flat.view(torch.uint8).numpy()))
 
 

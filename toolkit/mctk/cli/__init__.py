@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "Check a recipe and show what it will cost, before weights are read.",
     "eval": "Measure a checkpoint: perplexity and lm-eval tasks.",
     "report": "Print finished runs side by side.",
+    "export": "Write a compressed checkpoint in a form that loads without mctk.",
     "inspect": "Show what a checkpoint holds: layers, terms and sizes.",
     "plugins": "List the methods that recipes can name, and their options.",
 }

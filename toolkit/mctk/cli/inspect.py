@@ -48,9 +48,9 @@ def command(
 
 def inspect_model(model: StreamedModel) -> dict[str, Any]:
     """Architecture, sizes, banks and terms of a checkpoint, as JSON data."""
-    from mctk.checkpoint import experts_per_token, terms_in
+    from mctk.checkpoint import experts_per_token, find_unread, size_of_tensors, terms_in
     from mctk.models import bank_sites
-    from mctk.plan import count_model
+    from mctk.plan import count_model, side_sizes
 
     config = model.config.get_text_config()
     rows = []
@@ -72,9 +72,20 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
                     "parameters": parameters,
                 }
             )
-    sizes = count_model(model, {}).as_dict()
-    embeddings = model.model.get_input_embeddings().weight.numel()
+    sizes = count_model(model, {}, stored=True).as_dict()
+    unread = find_unread(model.weights.unread, len(model.layers))
+    groups = {"multi-token prediction": unread.predictors, "other unread": unread.others}
+    unread_parts: dict[str, dict[str, Any]] = {
+        what: {"first": names[0], **size_of_tensors(model.source, names)}
+        for what, names in groups.items()
+        if names
+    }
+    quantised = model.source.quantised
+    embeddings = model.language.get_input_embeddings().weight.numel()
     parts["embeddings"] = embeddings
+    for part, weighs in side_sizes(model).items():
+        parts[f"{part} (not text)"] = weighs["parameters"]
+    parts |= {what: part["parameters"] for what, part in unread_parts.items()}
     parts["rest (head, norms, routers)"] = sizes["parameters"] - sum(parts.values())
     quantization = model.source.config.get("quantization_config") or {}
     return {
@@ -91,6 +102,9 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
         "files": len(model.source.files),
         "sizes": sizes,
         "parts": parts,
+        "quantised": quantised.label if quantised is not None else None,
+        "dequantised_bytes": count_model(model, {}).bytes,
+        "unread": unread_parts,
         "unread_tensors": list(model.weights.unread),
         "banks": rows,
     }
@@ -150,6 +164,13 @@ def _show(found: dict[str, Any], every_layer: bool) -> None:
         for (bank, members, out, columns, terms, parameters, _), layers in groups.items()
     ]  # fmt: skip
     print_table(["layers", "bank", "matrices", "terms", "parameters each"], lines)
-    if found["unread_tensors"]:
-        names = found["unread_tensors"]
-        click.echo(f"\n{len(names)} tensors that transformers does not read: {names[0]} ...")
+    if found["quantised"]:
+        click.echo(
+            f"\nweights stored in {found['quantised']}: {size(sizes['bytes'])}; they are read, and "
+            f"written where not compressed, dequantised: {size(found['dequantised_bytes'])}"
+        )
+    for what, part in found["unread"].items():
+        click.echo(
+            f"\n{what}: {part['tensors']} tensors that transformers does not read with the model, "
+            f"{count(part['parameters'])} parameters, {size(part['bytes'])}: {part['first']} ..."
+        )

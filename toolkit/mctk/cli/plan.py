@@ -53,7 +53,7 @@ def _show(plan: dict[str, Any]) -> None:
     model, sizes = plan["model"], plan["sizes"]
     click.echo(
         f"{model['path']}: {model['type']}, {model['layers']} layers, computed in "
-        f"{model['dtype']} on {model['device']}\n"
+        f"{model['dtype']} on {model['device']}\n{_side(model['side'])}"
         f"writes {plan['output']['path']} ({FORMATS[plan['output']['kind']]})\n"
     )
     for number, step in enumerate(plan["steps"], 1):
@@ -66,21 +66,20 @@ def _show(plan: dict[str, Any]) -> None:
         )
     click.echo()
     if sizes["planned"]:
-        rows = [
-            [
-                name.replace("_", " "),
-                count(value),
-                count(sizes["planned"][name]),
-                f"{sizes['planned'][name] / value:.1%}" if value else "",
-            ]
-            for name, value in sizes["original"].items()
-        ]
-        print_table(["", "original", "planned (exact)", "kept"], rows)
+        rows = []
+        for name, value in sizes["original"].items():
+            planned, at_most = sizes["planned"][name], "≤ " if name in sizes["at_most"] else ""
+            kept = f"{at_most}{planned / value:.1%}" if value else ""
+            rows.append([*_size_row(name, value), at_most + _size_row(name, planned)[1], kept])
+        header = "planned (exact)" if sizes["exact"] else "planned"
+        print_table(["", "original", header, "kept"], rows)
+        if sizes["at_most"]:
+            click.echo(
+                "≤: at most; how many experts a token skips, or which of them share weights, "
+                "depends on calibration"
+            )
     else:
-        print_table(
-            ["", "original"],
-            [[name.replace("_", " "), count(value)] for name, value in sizes["original"].items()],
-        )
+        print_table(["", "original"], [_size_row(*item) for item in sizes["original"].items()])
         if sizes["bound"]:
             bound = sizes["bound"]
             click.echo(
@@ -88,11 +87,16 @@ def _show(plan: dict[str, Any]) -> None:
                 "(a bound: the allocator decides by measured errors)"
             )
     speed = plan["speed"]
-    if speed and speed["bound"]:
+    if speed and (speed["bound"] or sizes["at_most"]):
+        faster = (
+            f": at most {speed['bound']:.2f} times as fast as the original experts"
+            if speed["bound"]
+            else "; how much faster they are depends on calibration"
+        )
         click.echo(
-            f"\nspeed: the experts multiply {count(speed['planned_expert_macs'])} times per token "
-            f"instead of {count(speed['expert_macs'])}: at most {speed['bound']:.2f} times as fast "
-            "as the original experts"
+            f"\nspeed: the experts multiply {'at most ' if sizes['at_most'] else ''}"
+            f"{count(speed['planned_expert_macs'])} times per token instead of "
+            f"{count(speed['expert_macs'])}{faster}"
         )
     click.echo()
     _show_layers(plan["layers"])
@@ -127,8 +131,27 @@ def _show(plan: dict[str, Any]) -> None:
         click.echo(f"warning: {warning}")
 
 
+def _side(parts: dict[str, dict[str, int]]) -> str:
+    """What a model of several modalities has beside its text model, if anything."""
+    from mctk.report.tables import count, size
+
+    shown = [f"{part} {count(weighs['parameters'])}" for part, weighs in parts.items()]
+    total = sum(weighs["bytes"] for weighs in parts.values())
+    return f"not text, copied as it is: {', '.join(shown)} ({size(total)})\n" if shown else ""
+
+
+def _size_row(name: str, value: int) -> list[str]:
+    """A size's name in words and its value in its unit."""
+    from mctk.report.tables import count, size
+
+    return [name.replace("_", " "), (size if name.endswith("bytes") else count)(value)]
+
+
 def _show_layers(rows: list[dict[str, Any]]) -> None:
-    """One line for each run of layers with the same sizes."""
+    """One line for each run of layers with the same sizes.
+
+    A setting is a rank, or how many experts, channels or entries stay, as the step's method counts.
+    """
     from mctk.cli.tables import print_table, ranges
     from mctk.report.tables import count
 
@@ -143,4 +166,4 @@ def _show_layers(rows: list[dict[str, Any]]) -> None:
         known = "" if parameters is None else count(parameters)
         shown = "" if setting is None else setting
         lines.append([ranges(layers), bank, f"{matrices}{out} × {columns}", shown, known, kept])
-    print_table(["layers", "bank", "matrices", "rank", "parameters", "kept"], lines)
+    print_table(["layers", "bank", "matrices", "setting", "parameters", "kept"], lines)

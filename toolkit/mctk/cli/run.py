@@ -14,9 +14,10 @@ Examples:
   mctk run recipes/svdllm_demo.yaml --set budget.remove=0.6 --output runs/svdllm_60
   mctk run my.yaml --model mistralai/Mixtral-8x7B-v0.1 --device cuda:0
 
-The output directory is a model directory: `import mctk`, then
-AutoModelForCausalLM.from_pretrained(DIR). It also holds report.md, metrics.json, run.log, the
-recipe and a model card. A run that was stopped goes on when the same command is given again."""
+The output directory is a model directory: `import mctk`, then load it by the Auto class that loads
+the original, as AutoModelForCausalLM.from_pretrained(DIR). It also holds report.md, metrics.json,
+run.log, the recipe and a model card. A run that was stopped goes on when the same command is given
+again."""
 
 
 def recipe_options(command: Any) -> Any:

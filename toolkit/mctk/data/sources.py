@@ -14,6 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from mctk.errors import UserError, nearest
 
 
+class TextError(UserError):
+    """Text is missing, damaged or too little.
+
+    Args:
+        message: What is wrong and what to write instead.
+        source: Where the text was to come from; a recipe knows the place of it.
+        key: The key of the source that is to blame; "" for all of it.
+    """
+
+    def __init__(self, message: str, source: Source, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.message, self.source, self.key = message, source, key
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A dataset that papers use, with their way of joining its rows."""
@@ -110,7 +124,7 @@ class Source(BaseModel):
         """Returns the text's files, sorted; a glob is taken beside the recipe if it matches there.
 
         Raises:
-            UserError: If a glob matches nothing, or something that is neither .txt nor .jsonl.
+            TextError: If a glob matches nothing, or something that is neither .txt nor .jsonl.
         """
         found: set[Path] = set()
         for pattern in self.text or ():
@@ -123,11 +137,11 @@ class Source(BaseModel):
             else:
                 what = "no file matches" if has_magic(pattern) else "there is no file"
                 places = " or ".join(dict.fromkeys(str(root.resolve()) for root in roots))
-                raise UserError(f"text: {what} '{pattern}' in {places}")
+                raise TextError(f"{what} '{pattern}' in {places}", self, "text")
             found |= matched
         for file in sorted(found):
             if file.suffix not in (".txt", ".jsonl"):
-                raise UserError(f"text: {file} is neither .txt nor .jsonl")
+                raise TextError(f"{file} is neither .txt nor .jsonl", self, "text")
         return sorted(found)
 
 
@@ -145,57 +159,61 @@ def load_documents(source: Source, split: str = "train") -> Iterator[str]:
         split: Split of a dataset where the source names none.
 
     Raises:
-        UserError: For files that are missing or damaged and datasets that cannot be loaded.
+        TextError: For files that are missing or damaged and datasets that cannot be loaded.
     """
     if source.dataset is None:
         for file in source.files():
-            yield from _read(file)
+            yield from _read(file, source)
         return
     dataset = DATASETS[source.dataset]
-    rows = (row[dataset.column] for row in _load_dataset(source.dataset, source.split or split))
+    rows = (row[dataset.column] for row in _load_dataset(source, source.split or split))
     if dataset.joined:
         yield dataset.joiner.join(rows)
     else:
         yield from (row for row in rows if row.strip())
 
 
-def _read(file: Path) -> Iterator[str]:
+def _read(file: Path, source: Source) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8") as stream:
             if file.suffix == ".txt":
                 documents: Iterable[str] = [stream.read()]
             else:
-                documents = _lines(file, stream)
+                documents = _lines(file, stream, source)
             yield from (text for text in documents if text.strip())
     except UnicodeDecodeError as error:
-        raise UserError(f"text: {file} is not UTF-8: {error.reason}") from error
+        raise TextError(f"{file} is not UTF-8: {error.reason}", source, "text") from error
     except OSError as error:
-        raise UserError(f"text: {file} cannot be read: {error.strerror}") from error
+        raise TextError(f"{file} cannot be read: {error.strerror}", source, "text") from error
 
 
-def _lines(file: Path, stream: Iterable[str]) -> Iterator[str]:
+def _lines(file: Path, stream: Iterable[str], source: Source) -> Iterator[str]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"text: {file}:{number}: not JSON: {error.msg}") from error
+            problem = f"{file}:{number}: not JSON: {error.msg}"
+            raise TextError(problem, source, "text") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'text: {file}:{number}: not an object with a string "text"')
+            problem = f'{file}:{number}: not an object with a string "text"'
+            raise TextError(problem, source, "text")
         yield row["text"]
 
 
-def _load_dataset(name: str, split: str) -> Iterable[dict[str, Any]]:
+def _load_dataset(source: Source, split: str) -> Iterable[dict[str, Any]]:
+    name = source.dataset
+    assert name is not None
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"dataset {name} needs the datasets library: pip install 'mctk[eval]'; or give text"
-        ) from error
+        problem = f"{name} needs the datasets library: pip install 'mctk[eval]'; or give text"
+        raise TextError(problem, source, "dataset") from error
     dataset = DATASETS[name]
     if dataset.files is not None and split not in dataset.files:
-        raise UserError(f"dataset {name} has no split '{split}'{nearest(split, dataset.files)}")
+        problem = f"{name} has no split '{split}'{nearest(split, dataset.files)}"
+        raise TextError(problem, source, "dataset")
     files = None if dataset.files is None else {split: dataset.files[split]}
     try:
         return datasets.load_dataset(
@@ -203,7 +221,8 @@ def _load_dataset(name: str, split: str) -> Iterable[dict[str, Any]]:
         )
     except Exception as error:  # the library raises many kinds: offline, no split, a full disk
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"dataset {name} (split {split}) cannot be loaded: {reason}; it needs the network once "
+        problem = (
+            f"{name} (split {split}) cannot be loaded: {reason}; it needs the network once "
             "(HF_HUB_OFFLINE forbids it), or give local text"
-        ) from error
+        )
+        raise TextError(problem, source, "dataset") from error

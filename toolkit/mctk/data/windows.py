@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mctk.data.sources import DATASETS, MixedSource, Source, load_documents
-from mctk.errors import UserError
+from mctk.data.sources import DATASETS, MixedSource, Source, TextError, load_documents
 
 if TYPE_CHECKING:
     import torch
@@ -70,18 +69,21 @@ def calibration_windows(
         N windows of [length], by key; those of several sources are mixed through each other.
 
     Raises:
-        UserError: If a source holds too little text.
+        TextError: If a source is not there or holds too little text.
     """
     drawn: list[tuple[bytes, str, list[int]]] = []
     sources = [source] if isinstance(source, Source) else list(source)
     counts = _shares([getattr(part, "weight", 1.0) for part in sources], sequences)
     for part, count in zip(sources, counts, strict=True):
+        if not count:
+            continue  # fewer sequences than sources
         windows = _draw(tokenizer, part, count, length, seed)
         if len(windows) < count:
-            raise UserError(
+            raise TextError(
                 f"calibration text '{part.label}' gives {len(windows)} sequences of {length} "
                 f"tokens, and {count} are asked for: add text, or lower calibration.sequences or "
-                "calibration.length"
+                "calibration.length",
+                part,
             )
         drawn += [(key, part.label, ids) for key, ids in windows[:count]]
     drawn.sort(key=lambda window: window[0])
@@ -104,7 +106,7 @@ def evaluation_windows(
         limit: Take at most so many windows.
 
     Raises:
-        UserError: If there is not one window.
+        TextError: If the source is not there or holds not one window.
     """
     joiner, rows = "\n\n", None
     split = "test"
@@ -116,9 +118,10 @@ def evaluation_windows(
     ids = tokenizer([text], verbose=False)["input_ids"][0]
     count = len(ids) // length
     if count == 0:
-        raise UserError(
+        raise TextError(
             f"evaluation text '{source.label}' has {len(ids)} tokens, less than one window of "
-            f"{length}: add text or lower its length"
+            f"{length}: add text or lower its length",
+            source,
         )
     count = min(count, limit or count)
     cut = [ids[start : start + length] for start in range(0, count * length, length)]

@@ -111,7 +111,7 @@ def calibrate(
         collector = LayerCollector(
             layer.module, layer.index, sites[layer.index], banks, wanted, model.device
         )
-        collector.sample(layer.inputs)
+        collector.sample(layer.inputs, layer.more)
         outputs = []
         with collector.listening():
             for b in range(len(layer.inputs)):

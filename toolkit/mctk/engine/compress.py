@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..evaluate.loading import free_memory
 from ..files import write_tensors
+from ..linalg import remembered
 from ..models import BankSite, installed, read_banks
 from ..plan import TRACE_TOKENS, Plan, Size, check_kept
 from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics, RoutedOutputs
-from ..sweep import LayerCall, StreamedModel
+from ..sweep import LayerCall, Passed, StreamedModel
 from ..terms import Bank
 from .fate import Fate, alive
 from .passes import run_passes
@@ -28,11 +30,14 @@ from .prepare import Preparation
 from .progress import Reporter
 from .sequential import CompressedPrefix, OriginalStream, Tokens, prefix_store
 from .shards import cast_terms, describe, only_fewer, relative_weight_error, write_layer
-from .trace import LayerOriginal, LayerTrace
+from .trace import LayerOriginal, LayerTrace, kept_samples
 from .workspace import Workspace
 
 if TYPE_CHECKING:
     from ..registry import Registry
+
+
+DIRECTIONS_SHARE = 0.25  # of the free memory; where it does not do, they are computed again
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Run:
         fate: Whether it has failed.
         sizes: Every step's size on every bank, once decided.
         preparation: Its statistics and prepared layers; None if there is no calibration text.
-        hidden: The gate's sequence [1, T, H] after the layers that are done.
+        hidden: The gate's sequence after the layers that are done.
         prefix: The calibration's, of a run whose statistics are those of its compressed layers.
     """
 
@@ -54,7 +59,7 @@ class Run:
     fate: Fate
     sizes: Size = field(default_factory=dict)
     preparation: Preparation | None = None
-    hidden: torch.Tensor | None = None
+    hidden: Passed | None = None
     prefix: CompressedPrefix | None = None
 
     @property
@@ -90,13 +95,13 @@ class Sample:
         ids: Token ids [1, T] of the gate's sequence.
         gate: Per layer, what the layer is passed for that sequence.
         traced: Per layer, what it is passed for all traced sequences at once.
-        entering: The gate's hidden states [1, T, H] that enter layer 0.
+        entering: What enters layer 0 of the gate's sequence.
     """
 
     ids: torch.Tensor
     gate: list[LayerCall]
     traced: list[LayerCall]
-    entering: torch.Tensor
+    entering: Passed
 
 
 def prepare_sample(model: StreamedModel, ids: torch.Tensor) -> Sample:
@@ -139,9 +144,12 @@ class LiveLayer:
 
     def trace(self, statistics: LayerStatistics) -> LayerTrace | None:
         """A run's trace, where it touches the layer and there are samples of what enters that."""
-        need = LayerSamples(TRACE_TOKENS)
-        if need not in statistics:
+        if LayerSamples(TRACE_TOKENS) not in statistics:
             return None
+        return LayerTrace(self.original(statistics))
+
+    def original(self, statistics: LayerStatistics) -> LayerOriginal:
+        """What the layer does in the original, by the samples of what enters it."""
         if self._original is None:
             self._original = LayerOriginal(
                 self.model,
@@ -149,10 +157,10 @@ class LiveLayer:
                 self.module,
                 self.sites,
                 self.banks,
-                statistics[need],
+                kept_samples(statistics),
                 self.sample.traced[self.index],
             )
-        return LayerTrace(self._original)
+        return self._original
 
 
 def compress(
@@ -185,11 +193,12 @@ def compress(
     with reporter.phase("compress", count - first):
         for index in range(first, count):
             started = time.perf_counter()
-            errors: list[float] = []
+            errors: list[tuple[float, str]] = []
             working = [run for run in alive(runs) if starts[id(run)] <= index]
             if not working:
                 continue
-            with model.layer(index) as module:
+            room = room_for_directions(model.device) if len(working) > 1 else 0
+            with model.layer(index) as module, remembered(room):
                 sites = working[0].plan.sites[index]
                 layer = LiveLayer(model, index, module, sites, sample)
                 reference = stream.visit(index, module, sites) if stream is not None else None
@@ -197,7 +206,8 @@ def compress(
                     if len(working) > 1:
                         reporter.progress(f"layer {index}, {run.output.name}", done, len(working))
                     with run.fate.own():
-                        errors += _layer(run, layer, reference)
+                        found = _layer(run, layer, reference)
+                        errors += [(error, run.output.name) for error in found]
                         registry.hook.layer_done(run=run, layer=index)
             if stream is not None:
                 stream.done(index)
@@ -209,12 +219,19 @@ def compress(
             reporter.step(f"layer {index} in {elapsed:.1f} s{_span(errors)}")
 
 
-def _span(errors: list[float]) -> str:
-    """The layer errors of one run, or how far those of several reach, for the log."""
+def room_for_directions(device: torch.device) -> int:
+    """Bytes that decompositions may hold while a layer is in memory, to be found again."""
+    return int(DIRECTIONS_SHARE * free_memory(str(device)))
+
+
+def _span(errors: list[tuple[float, str]]) -> str:
+    """The layer error of one run, or the least and largest of several, for the log."""
     if not errors:
         return ""
-    low, high = min(errors), max(errors)
-    return f", layer error {low:.2e}" + (f" to {high:.2e}" if len(errors) > 1 else "")
+    (low, first), (high, last) = min(errors), max(errors)
+    if len(errors) == 1:
+        return f", layer error {low:.2e}"
+    return f", layer error {low:.2e} ({first}) to {high:.2e} ({last})"
 
 
 def _begin(
@@ -248,12 +265,12 @@ def _stream(
     return stream
 
 
-def _gate_states(run: Run, layer: int, sample: Sample) -> torch.Tensor:
+def _gate_states(run: Run, layer: int, sample: Sample) -> Passed:
     from safetensors.torch import load_file
 
     if layer == 0:
         return sample.entering
-    return load_file(str(run.hidden_path(layer)))["hidden"]
+    return Passed.of(load_file(str(run.hidden_path(layer))), "hidden")
 
 
 def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> list[float]:
@@ -307,7 +324,7 @@ def _layer(run: Run, layer: LiveLayer, reference: torch.Tensor | None) -> list[f
         run.hidden = model.run_layer(index, entering, layer.sample.gate[index])
         if run.prefix is not None:
             run.prefix.leave(index)
-    write_tensors(run.hidden_path(index + 1), {"hidden": run.hidden})
+    write_tensors(run.hidden_path(index + 1), run.hidden.tensors("hidden"))
     record["seconds"] = round(time.perf_counter() - started, 3)
     run.workspace.add_layer(index, record)
     run.hidden_path(index).unlink(missing_ok=True)

@@ -16,7 +16,17 @@ import yaml
 from ..evaluate import LogitStore, compare, evaluate_model
 from ..evaluate.loading import text_stamps, versions
 from ..files import write_json, write_text
-from ..plan import TOLERANCE
+from ..models import auto_class_name
+from ..plan import (
+    TOLERANCE,
+    at_most,
+    byte_warnings,
+    count_model,
+    quantised_record,
+    unread_record,
+    unread_warnings,
+)
+from ..recipe import placed
 from ..report import render_card, render_report
 from .compress import Run, size_from_record
 from .memory import peak_device_bytes, peak_process_bytes
@@ -128,7 +138,7 @@ def evaluate_original(
     if found is not None:
         return found
     known.parent.mkdir(parents=True, exist_ok=True)
-    with reporter.phase("evaluate original", 1):
+    with reporter.phase("evaluate original", 1), placed(run.plan.recipe):
         found = evaluate_model(
             run.plan.source.path,
             section,
@@ -150,15 +160,21 @@ def _metrics(
     """What metrics.json holds."""
     plan, manifest = run.plan, run.workspace.manifest
     recipe, model = plan.recipe, plan.model
-    planned = plan.predict(run.sizes or size_from_record(manifest["sizes"]))
+    changed = plan.layout(run.sizes or size_from_record(manifest["sizes"]))
+    kind = manifest.get("output_kind", "mctk")
+    planned = None if changed is None else count_model(model, changed, plan.left_out(kind))
     layers = [
         {"layer": int(index), **{k: v for k, v in record.items() if k not in ("modules", "sha256")}}
         for index, record in sorted(manifest["layers"].items(), key=lambda item: int(item[0]))
     ]
-    warnings = [*plan.warnings]
+    warnings = [
+        *plan.warnings,
+        *unread_warnings(plan, kind),
+        *byte_warnings(plan, manifest["attained"]["bytes"]),
+    ]
     budget = None
     if plan.allowed is not None and recipe.budget is not None:
-        attained = plan.attained(manifest["attained"])
+        attained = plan.attained(manifest["attained"], kind)
         short = (plan.allowed - attained) / plan.scope
         way = "keep" if recipe.budget.keep is not None else "remove"
         share = recipe.budget.keep or recipe.budget.remove or 0.0
@@ -195,18 +211,22 @@ def _metrics(
         "versions": {**_libraries(), "platform": sys.platform},
         "command": shlex.join(command) if command else None,
         "recipe": recipe.canonical(),
-        "recipe_text": recipe.yaml(),
+        "recipe_text": recipe.published(),
         "model": {
-            "name": recipe.canonical()["model"],
+            "name": recipe.model_name,
             "model_type": model.config.model_type,
+            "auto_class": auto_class_name(model.config),
             "path": str(plan.source.path),
             "license": license_of(plan.source.path),
         },
-        "output_kind": manifest.get("output_kind", "mctk"),
+        "output_kind": kind,
+        "quantised_source": quantised_record(plan),
+        "unread": unread_record(plan, kind),
         "calibration": calibration,
         "sizes": {
             "original": plan.original.as_dict(),
             "planned": planned.as_dict() if planned else None,
+            "at_most": [] if changed is None else at_most(changed),
             "attained": manifest["attained"],
         },
         "budget": budget,

@@ -87,7 +87,7 @@ def _measure_layer(
         collector = LayerCollector(layer.module, index, sites, banks, needs, model.device)
         with collector.listening():
             for b in range(len(layer.inputs)):
-                output = layer.run(b)
+                output = layer.run(b, as_original)
                 if as_original:
                     outputs.append(output.cpu())
         result = collector.result()

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from ..models import read_banks
-from ..plan import TRACE_TOKENS, Plan
-from ..statistics import LayerSamples
+from ..linalg import remembered
+from ..plan import Plan
 from ..sweep import StreamedModel
 from ..terms import DENSE, SizeCurve
-from .compress import Sample
+from .compress import LiveLayer, Run, Sample, room_for_directions
+from .fate import alive
 from .passes import Banks, apply_step
-from .prepare import Preparation
 from .prepared import on_meta
 from .progress import Reporter
 from .trace import LayerOriginal
@@ -33,44 +33,69 @@ Errors = dict[str, list[float]]  # "error" and "raw" of a `SizeCurve`
 
 
 def measure_curves(
-    preparation: Preparation,
-    model: StreamedModel,
-    sample: Sample,
-    path: Path,
-    reporter: Reporter,
-) -> list[SizeCurve]:
-    """Computes the curves of all auto items, a layer in memory at a time.
+    runs: Sequence[Run], model: StreamedModel, sample: Sample, reporter: Reporter
+) -> dict[int, list[SizeCurve]]:
+    """Computes the curves of all auto items of runs, a layer in memory at a time.
 
     Args:
-        preparation: The run's plan, statistics and prepared layers.
+        runs: The runs whose allocators read curves; those that fail are left out.
         model: The original, streamed; embeddings loaded.
         sample: The sequences that measure.
-        path: JSON file that keeps the finished layers' curves for a resumed run.
         reporter: Progress.
+
+    Returns:
+        By the run's `id`.
     """
-    plan = preparation.plan
-    known: dict[str, Errors] = json.loads(path.read_text()) if path.exists() else {}
-    by_layer: dict[int, list[SizeCurve]] = {}
-    for curve in plan.curves:
-        by_layer.setdefault(curve.item[1], []).append(curve)
-    missing = {
-        layer: curves
-        for layer, curves in by_layer.items()
-        if any(_key(curve) not in known for curve in curves)
+    known: dict[int, dict[str, Errors]] = {}
+    for run in runs:
+        path = _path(run)
+        known[id(run)] = json.loads(path.read_text()) if path.exists() else {}
+    asked = {
+        (id(run), layer): curves
+        for run in runs
+        for layer, curves in _by_layer(run.plan.curves).items()
+        if any(_key(curve) not in known[id(run)] for curve in curves)
     }
-    with reporter.phase("size curves", len(missing)):
-        for layer, curves in missing.items():
-            known |= _layer_curves(preparation, model, sample, layer, curves)
-            write_json(path, known)
+    layers = sorted({layer for _, layer in asked})
+    if not layers:
+        return _complete(runs, known)
+    with reporter.phase("size curves", len(layers)):
+        for layer in layers:
+            working = [run for run in alive(runs) if (id(run), layer) in asked]
+            with model.layer(layer) as module, remembered(room_for_directions(model.device)):
+                live = LiveLayer(model, layer, module, runs[0].plan.sites[layer], sample)
+                for run in working:
+                    with run.fate.own():
+                        known[id(run)] |= _layer_curves(run, live, asked[id(run), layer])
+                        write_json(_path(run), known[id(run)])
             reporter.step(f"layer {layer}")
-    return [
-        replace(
-            curve,
-            error=tuple(known[_key(curve)]["error"]),
-            raw=tuple(known[_key(curve)]["raw"]),
-        )
-        for curve in plan.curves
-    ]
+    return _complete(runs, known)
+
+
+def _complete(
+    runs: Sequence[Run], known: Mapping[int, Mapping[str, Errors]]
+) -> dict[int, list[SizeCurve]]:
+    """The runs' curves with their errors."""
+    return {
+        id(run): [_measured(curve, known[id(run)][_key(curve)]) for curve in run.plan.curves]
+        for run in alive(runs)
+    }
+
+
+def _measured(curve: SizeCurve, errors: Errors) -> SizeCurve:
+    return replace(curve, error=tuple(errors["error"]), raw=tuple(errors["raw"]))
+
+
+def _path(run: Run) -> Path:
+    """The JSON file that keeps a run's finished layers' curves, should it be interrupted."""
+    return run.workspace.state / "curves.json"
+
+
+def _by_layer(curves: Iterable[SizeCurve]) -> dict[int, list[SizeCurve]]:
+    found: dict[int, list[SizeCurve]] = {}
+    for curve in curves:
+        found.setdefault(curve.item[1], []).append(curve)
+    return found
 
 
 def _key(curve: SizeCurve) -> str:
@@ -78,53 +103,43 @@ def _key(curve: SizeCurve) -> str:
     return f"{layer}.{banks}.{step}"
 
 
-def _layer_curves(
-    preparation: Preparation,
-    model: StreamedModel,
-    sample: Sample,
-    layer: int,
-    curves: list[SizeCurve],
-) -> dict[str, Errors]:
+def _layer_curves(run: Run, live: LiveLayer, curves: list[SizeCurve]) -> dict[str, Errors]:
     """The errors of one layer's auto items, in the common unit and as their methods give them."""
-    plan = preparation.plan
-    sites = plan.sites[layer]
+    plan, preparation, layer = run.plan, run.preparation, live.index
+    assert preparation is not None
     found: dict[str, Errors] = {}
-    with model.layer(layer) as module:
-        original = read_banks(module, layer)
-        statistics = preparation.statistics(layer).bind(module)
-        whole: LayerOriginal | None = None
-        if plan.recipe.allocate is None or plan.recipe.allocate.method.units != "score":
-            samples = statistics[LayerSamples(TRACE_TOKENS)]
-            whole = LayerOriginal(
-                model, layer, module, sites, original, samples, sample.traced[layer]
-            )
-        prepared = preparation.banks(layer, original)
-        before = original if prepared is None else prepared[0]
-        for curve in curves:
-            number, _, names = curve.item[0], curve.item[1], curve.item[2].split("+")
-            step = plan.recipe.steps[number]
-            banks = {name: before[name] for name in names}
-            # Explicit steps between the prepared ones and this one come first.
-            for earlier in range(plan.prepared, number):
-                banks = _after_step(plan, earlier, layer, banks, original, statistics)
-            given = plan.step_banks(number, banks)
-            settings, _ = step.method.sizes(on_meta(given), step.options)
-            errors = dict(
-                zip(settings, step.method.curve(given, statistics, step.options), strict=True)
-            )
-            own = _falling([errors[setting] for setting in curve.settings])
-            if whole is None:  # scores of one method: they are in one unit as they are
-                found[_key(curve)] = {"error": own, "raw": own}
-                continue
-            middle = _middle(curve, own, plan)
-            setting = curve.settings[middle]
-            terms = apply_step(step, names, banks, original, statistics, setting)
-            replaced = {**before, **banks}
-            for name, new in terms.items():
-                replaced[name] = replace(before[name], terms=new)
-            measured = whole.layer_error(whole.whole_modules(replaced, set(names)))
-            rate = measured / own[middle] if own[middle] > 0 else 0.0
-            found[_key(curve)] = {"error": _falling([rate * e for e in own]), "raw": own}
+    original = live.banks
+    statistics = preparation.statistics(layer).bind(live.module)
+    whole: LayerOriginal | None = None
+    if plan.recipe.allocate is None or plan.recipe.allocate.method.units != "score":
+        whole = live.original(statistics)
+    prepared = preparation.banks(layer, original)
+    before = original if prepared is None else prepared[0]
+    for curve in curves:
+        number, _, names = curve.item[0], curve.item[1], curve.item[2].split("+")
+        step = plan.recipe.steps[number]
+        banks = {name: before[name] for name in names}
+        # Explicit steps between the prepared ones and this one come first.
+        for earlier in range(plan.prepared, number):
+            banks = _after_step(plan, earlier, layer, banks, original, statistics)
+        given = plan.step_banks(number, banks)
+        settings, _ = step.method.sizes(on_meta(given), step.options)
+        errors = dict(
+            zip(settings, step.method.curve(given, statistics, step.options), strict=True)
+        )
+        own = _falling([errors[setting] for setting in curve.settings])
+        if whole is None:  # scores of one method: they are in one unit as they are
+            found[_key(curve)] = {"error": own, "raw": own}
+            continue
+        middle = _middle(curve, own, plan)
+        setting = curve.settings[middle]
+        terms = apply_step(step, names, banks, original, statistics, setting)
+        replaced = {**before, **banks}
+        for name, new in terms.items():
+            replaced[name] = replace(before[name], terms=new)
+        measured = whole.layer_error(whole.whole_modules(replaced, set(names)))
+        rate = measured / own[middle] if own[middle] > 0 else 0.0
+        found[_key(curve)] = {"error": _falling([rate * e for e in own]), "raw": own}
     return found
 
 

@@ -12,7 +12,7 @@ from .compress import Run, Sample
 from .gate import GateError, check_fresh_process, check_sizes, check_streamed
 from .probe import keep_probe
 from .progress import Reporter
-from .shards import copy_companions, write_config, write_index, write_outer
+from .shards import copy_companions, write_config, write_index, write_outer, written_kind
 
 
 def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bool) -> None:
@@ -29,47 +29,52 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
     """
     plan, workspace, model = run.plan, run.workspace, run.plan.model
     layers = workspace.manifest["layers"]
-    if workspace.outer() is None:
-        workspace.add_outer(write_outer(plan, run.output))
     records = [layers[str(index)] for index in range(len(model.layers))]
-    files = [workspace.manifest["outer"]["file"], *(record["file"] for record in records)]
     modules = {path: spec for record in records for path, spec in record["modules"].items()}
+    left = {i: len(record["kept"]) for i, record in enumerate(records) if record.get("kept")}
+    kind = written_kind(plan, modules, left)
+    if workspace.outer() is None:
+        workspace.add_outer(write_outer(plan, run.output, kind))
+    files = [workspace.manifest["outer"]["file"], *(record["file"] for record in records)]
     parameters, nbytes = write_index(run.output, files, modules)
     steps = [f"{s.stage}/{s.method.name} v{s.method.version}" for s in plan.recipe.steps]
-    left = {i: len(record["kept"]) for i, record in enumerate(records) if record.get("kept")}
-    kind = write_config(plan, run.output, modules, _providers(modules), steps, left)
+    write_config(plan, run.output, modules, _providers(modules), steps, left)
     workspace.manifest["output_kind"] = kind
     copy_companions(plan.source, run.output)
-    write_text(run.output / "recipe.yaml", plan.recipe.yaml())
+    write_text(run.output / "recipe.yaml", plan.recipe.published())
     changed = sum(record["new"] for record in records)
     total = changed + sum(record["copied"] for record in records)
     total += workspace.manifest["outer"]["copied"]
     if changed == 0:
         raise GateError(f"{run.output}: 0 tensors differ from the original's")
     gate: dict[str, Any] = {"tensors_changed": changed, "tensors_total": total}
-    check_sizes(plan.predict(run.sizes), parameters, nbytes)
+    terms = plan.layout(run.sizes)
+    if terms is not None:
+        check_sizes(count_model(model, terms, plan.left_out(kind)), parameters, nbytes)
     gate["sizes_equal"] = True
     if plan.recipe.gate:
-        with reporter.phase("gate", 2):
+        name = run.output.name
+        with reporter.phase("gate", 2 if fresh_process else 1):
             assert run.hidden is not None
             expected = model.head(sample.ids, run.hidden.to(model.device)).cpu()
             gate |= check_streamed(run.output, model, sample.ids, expected)
-            reporter.step("the files give the computed logits, bit by bit")
+            equal = f"{name}: the files give the computed logits, bit by bit"
             if fresh_process:
+                reporter.step(equal)
                 gate |= check_fresh_process(
                     run.output, workspace.state, model, sample.ids, expected, kind == "native"
                 )
                 reporter.step(
-                    "from_pretrained in a fresh process gives the same bits"
+                    f"{name}: from_pretrained in a fresh process gives the same bits"
                     if gate["fresh_process_equal"]
-                    else "from_pretrained was left out: the model does not fit into memory"
+                    else f"{name}: from_pretrained was left out: the model does not fit into memory"
                 )
             else:
                 keep_probe(workspace.state, sample.ids, expected)
                 gate["fresh_process_equal"] = None
-                reporter.step("from_pretrained is left to the evaluation's process")
+                reporter.step(f"{equal}; from_pretrained is left to the evaluation's process")
     workspace.manifest["gate"] = gate
-    workspace.manifest["attained"] = _attained(run, parameters, nbytes)
+    workspace.manifest["attained"] = _attained(run, kind, parameters, nbytes)
     workspace.manifest["finished"] = True
     workspace.manifest["seconds"] = {k: round(v, 3) for k, v in reporter.seconds.items()}
     workspace.save()
@@ -87,10 +92,10 @@ def _providers(modules: dict[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def _attained(run: Run, parameters: int, nbytes: int) -> dict[str, int]:
+def _attained(run: Run, kind: str, parameters: int, nbytes: int) -> dict[str, int]:
     """The result's sizes: stored ones from the files, active ones from the terms in them."""
     changed = terms_of(run)
-    sizes = count_model(run.plan.model, changed).as_dict()
+    sizes = count_model(run.plan.model, changed, run.plan.left_out(kind)).as_dict()
     return {**sizes, "parameters": parameters, "bytes": nbytes}
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint import Source
+from ..models import auto_class_name
 from ..sweep import StreamedModel, stream_logits
 
 # Relative squared error of logits that rounding may leave; a router's row in a wrong place is far
@@ -29,30 +30,31 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 PROBE = """
 import sys, torch
-path, dtype, device, folder, threads, remote, native = sys.argv[1:8]
+path, dtype, device, folder, threads, remote, native, auto, part = sys.argv[1:10]
 if native == "0":
     import mctk
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 torch.set_num_threads(int(threads))
-model, info = AutoModelForCausalLM.from_pretrained(
+model, info = getattr(transformers, auto).from_pretrained(
     path, dtype=getattr(torch, dtype), device_map={"": device}, trust_remote_code=remote == "1",
     output_loading_info=True,
 )
 model.eval()
+speaks = model.get_submodule(part)
 ids = load_file(folder + "/probe_ids.safetensors")["ids"].to(device)
 found = {}
 if native == "1":
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     with torch.no_grad():
-        found["plain"] = model(input_ids=ids, use_cache=False).logits.cpu().contiguous()
+        found["plain"] = speaks(input_ids=ids, use_cache=False).logits.cpu().contiguous()
     assert "mctk" not in sys.modules
     import mctk.runtime
 if native == "0" or any(hasattr(module, "_apply_gate") for module in model.modules()):
     model.set_experts_implementation("mctk")
 for name in ("mapped", "aligned"):
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = speaks(input_ids=ids, use_cache=False).logits
     found[name] = logits.cpu().contiguous()
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
@@ -125,7 +127,7 @@ def check_fresh_process(
     command = [
         sys.executable, "-c", PROBE, str(output), _name(model.dtype), str(model.device),
         str(state), str(torch.get_num_threads()), "1" if remote else "0",
-        "1" if native and not remote else "0",
+        "1" if native and not remote else "0", auto_class_name(model.config), model.language_path,
     ]  # fmt: skip
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

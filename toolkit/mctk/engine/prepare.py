@@ -159,14 +159,13 @@ def open_boundaries(
     plan = preparations[0].plan
     model, directory = plan.model, state / "boundaries"
     asked = plan.recipe.calibration.keep_every if plan.recipe.calibration else None
-    width = model.config.get_text_config().hidden_size
     free = shutil.disk_usage(state).free + sum(
         file.stat().st_size for file in directory.rglob("*") if file.is_file()
     )
     count = len(model.layers)
     for every in range(1, count + 1) if asked is None else [min(asked, count)]:
         store = BoundaryStore(directory, count, every, min(layers))
-        needed = store.nbytes(ids.numel(), width, model.dtype.itemsize)
+        needed = store.nbytes(ids.numel(), model.wiring.passing())
         if asked is not None or needed <= FREE_SHARE * free:
             return store
     raise UserError(

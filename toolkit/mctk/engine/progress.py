@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..report.tables import duration
+
 SELDOM = 30.0  # seconds between plain lines within one part of a phase
 
 
@@ -119,5 +121,6 @@ class Reporter:
             named = f"{self._phase} · {text}"
             self._bar.update(task, completed=self._done, total=self._total, description=named)
         else:
-            self.console.print(f"{line} ({left:.0f} s left)", markup=False, soft_wrap=True)
+            told = f" ({duration(left)} left)" if self._done < self._total else ""
+            self.console.print(line + told, markup=False, soft_wrap=True)
         self._log(line)

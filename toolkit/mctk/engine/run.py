@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import TokenWindows, calibration_windows
+from ..data import TokenWindows
 from ..errors import UserError
 from ..evaluate.loading import load_tokenizer, resolve_device
 from ..files import write_json
 from ..models import has_expert_list
-from ..plan import Plan, make_plan
+from ..plan import Plan, count_windows, make_plan
+from ..recipe import draw_calibration
 from ..statistics import Need, StatisticsCache, cache_directory
+from ..terms import SizeCurve
 from .calibrate import cache_context, calibrate
-from .compress import Run, Sample, compress, prepare_sample, size_from_record, size_record
+from .compress import Run, compress, prepare_sample, size_from_record, size_record
 from .conclude import conclude, evaluate_original
 from .current import measure_current
 from .curves import measure_curves
@@ -115,10 +117,15 @@ def _plan_all(
 ) -> list[tuple[Plan, Fate]]:
     """Plans the runs, all on one model; those that cannot be planned are left out."""
     plans: list[tuple[Plan, Fate]] = []
+    measured: list[Any] = []  # what is evaluated, mostly the same for all
     for recipe, fate in zip(recipes, fates, strict=True):
         with fate.own():
             model = plans[0][0].model if plans else None
-            plans.append((make_plan(recipe, registry, device, model), fate))
+            plan = make_plan(recipe, registry, device, model)
+            if recipe.evaluate not in measured:
+                count_windows(plan)
+                measured.append(recipe.evaluate)
+            plans.append((plan, fate))
     return plans
 
 
@@ -142,17 +149,10 @@ def _open(
 
 def read_calibration(plan: Plan) -> TokenWindows | None:
     """The calibration's token windows; None if the recipe has none."""
-    calibration = plan.recipe.calibration
-    if calibration is None:
+    if plan.recipe.calibration is None:
         return None
     tokenizer = load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
-    return calibration_windows(
-        tokenizer,
-        calibration.source,
-        calibration.sequences,
-        calibration.length,
-        plan.recipe.seed,
-    )
+    return draw_calibration(plan.recipe, tokenizer)
 
 
 def _check_set(recipes: Sequence[Recipe]) -> None:
@@ -212,9 +212,10 @@ def _compress_all(
         return
     ids = windows.ids if windows is not None else _probe_ids(plan)
     sample = prepare_sample(model, ids)
-    for r in runs:
+    curves = measure_curves([r for r in runs if _wants_curves(r)], model, sample, reporter)
+    for r in alive(runs):
         with r.fate.own():
-            _decide_sizes(r, sample, reporter)
+            _decide_sizes(r, curves.get(id(r)))
             manifest = r.workspace.manifest
             if "statistics" not in manifest or not manifest["layers"]:
                 manifest["statistics"] = dict(collected)
@@ -289,18 +290,20 @@ def _union(plans: list[Plan]) -> dict[int, list[Need]]:
     return needs
 
 
-def _decide_sizes(run: Run, sample: Sample, reporter: Reporter) -> None:
+def _wants_curves(run: Run) -> bool:
+    """Whether a run's sizes wait for curves."""
+    undecided = run.workspace.manifest["sizes"] is None and run.plan.needs_curves
+    return undecided and run.preparation is not None
+
+
+def _decide_sizes(run: Run, curves: list[SizeCurve] | None) -> None:
     """Allocates, or takes up what an interrupted run had allocated; restates the plan."""
     manifest = run.workspace.manifest
     if manifest["sizes"] is not None:
         run.sizes = size_from_record(manifest["sizes"])
         return
-    curves = None
-    if run.plan.needs_curves:
-        if run.preparation is None:
-            raise run.plan.recipe.error((), "calibration is missing; the allocator needs curves")
-        path = run.workspace.state / "curves.json"
-        curves = measure_curves(run.preparation, run.plan.model, sample, path, reporter)
+    if run.plan.needs_curves and run.preparation is None:
+        raise run.plan.recipe.error((), "calibration is missing; the allocator needs curves")
     run.sizes = run.plan.solve(curves)
     manifest["sizes"] = size_record(run.sizes)
     write_json(run.workspace.state / "plan.json", restated(run))

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..models import read_banks
 from ..statistics import LayerCollector, LayerStatistics, Need, RoutedOutputs, RoutedSum
-from ..sweep import BoundaryStore, KeptBatches, LayerCall, StreamedModel, embed_batches
+from ..sweep import BoundaryStore, KeptBatches, LayerCall, Passed, StreamedModel, embed_batches
 from .current import prepared_layer
 from .prepare import Preparation
 
@@ -51,10 +51,10 @@ class Tokens:
         """How many batches there are."""
         return -(-self.ids.shape[0] // self.batch)
 
-    def embed(self, model: StreamedModel) -> list[torch.Tensor]:
-        """What enters layer 0, one [B, T, H] a batch; the model's embeddings must be loaded."""
-        hidden, self._calls = embed_batches(model, list(self.ids.split(self.batch)))
-        return hidden
+    def embed(self, model: StreamedModel) -> list[Passed]:
+        """What enters layer 0, one entry a batch; the model's embeddings must be loaded."""
+        passed, self._calls = embed_batches(model, list(self.ids.split(self.batch)))
+        return passed
 
     def calls(self, model: StreamedModel) -> list[list[LayerCall]]:
         """Per batch, per layer, what the layer is passed."""
@@ -99,7 +99,7 @@ class CompressedPrefix:
         kept = self.store.get(layer)
         wanted = self.tokens.ids.split(self.tokens.batch)
         if [len(x) for x in kept] != [len(x) for x in wanted]:
-            self.store.put(layer, list(torch.cat(kept).split(self.tokens.batch)))
+            self.store.put(layer, Passed.cat(kept).split([len(x) for x in wanted]))
 
     def statistics(
         self, index: int, module: nn.Module, reference: torch.Tensor | None
@@ -146,10 +146,10 @@ class CompressedPrefix:
             reference=reference,
         )
         inputs = KeptBatches(self.store, index, self.tokens.count)
-        collector.sample(inputs)
+        collector.sample((x.hidden for x in inputs), (x.more for x in inputs))
         with collector.listening(), torch.no_grad():
-            for hidden, call in zip(inputs, self._calls(index), strict=True):
-                self.model.run_layer(index, hidden.to(self.model.device), call)
+            for passed, call in zip(inputs, self._calls(index), strict=True):
+                self.model.run_layer(index, passed.to(self.model.device), call)
         return dict(collector.result())
 
     def leave(self, index: int) -> None:
@@ -252,6 +252,6 @@ def _run_on(
     """Runs a layer on what enters it, for what enters the next."""
     outputs = []
     with torch.no_grad():
-        for hidden, call in zip(KeptBatches(store, index, len(calls)), calls, strict=True):
-            outputs.append(model.run_layer(index, hidden.to(model.device), call).cpu())
+        for passed, call in zip(KeptBatches(store, index, len(calls)), calls, strict=True):
+            outputs.append(model.run_layer(index, passed.to(model.device), call).cpu())
     store.put(index + 1, outputs)

@@ -10,24 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Share, Source, read_header
+from ..checkpoint import Share, Source, read_header, without_predictors
 from ..checkpoint.source import FLOATING, INDEX
+from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import find_router, keeps_form, module_specs, module_tensors, neighbours, own_tensors
 from ..plan import config_without, layer_shares, only_prunes
 from ..runtime import checkpoint_config, resized_entry, tensor_elements
-from ..terms import Bank, Term, compact, packed_bits, removed_members
+from ..terms import Bank, PackedTensor, Term, compact, packed_bits, removed_members
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..plan import Plan, Size
 
-# What a model directory holds beside weights that a user of the model needs.
+# What a model directory holds beside weights that a user of the model needs: tokenizer, what turns
+# images and sound into tensors, licence and code.
 CARRIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "*.jinja", "chat_template*", "LICENSE*", "NOTICE*", "*.py",
+    "vocab.*", "merges.txt", "*.model", "*.jinja", "chat_template*", "*processor_config.json",
+    "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 
 
@@ -51,7 +54,7 @@ def cast_terms(
     for name in neighbours(sites, rewritten):
         site = sites[name]
         dtype = (plan.storage_dtype if name in rewritten else plan.source_dtype)(layer, site)
-        terms: list[Term] = [term.to(dtype=dtype) for term in banks[name].terms]
+        terms = [_laid_out(term.to(dtype=dtype)) for term in banks[name].terms]
         for term in terms:
             if not all(bool(torch.isfinite(t).all()) for t in term.tensors().values()):
                 raise UserError(
@@ -60,6 +63,19 @@ def cast_terms(
                 )
         stored[name] = Bank(name, layer, site.shape, terms)
     return stored
+
+
+def _laid_out(term: Term) -> Term:
+    """The term with tensors that lie in memory as they will when they are read.
+
+    What was computed of transposed weights may keep their strides, and a product with those has
+    other last bits.
+    """
+    tensors = term.tensors()
+    plain = {n: t for n, t in tensors.items() if not isinstance(t, PackedTensor)}
+    if all(tensor.is_contiguous() for tensor in plain.values()):
+        return term
+    return term.with_tensors({**tensors, **{n: t.contiguous() for n, t in plain.items()}})
 
 
 def only_fewer(
@@ -143,6 +159,10 @@ def write_layer(
     copied = [
         name for name in plan.model.layer_tensors[layer] if not gone.issuperset(targets[name])
     ]
+    # What is loaded together with what is gone, and stays, is written as the model has it.
+    parted = {name for name in copied if not gone.isdisjoint(targets[name])}
+    copied = [name for name in copied if name not in parted]
+    apart = _apart(plan, module, prefix, parted, gone)
     file = shard_name(layer, len(plan.model.layers))
     changed = len(tensors) + sum(name in shrinking for name in copied)
     dtype = _storage_dtype(plan, layer) if shrinking else None
@@ -152,14 +172,36 @@ def write_layer(
             found = share.renamed(kept or [])
             if found is not None:
                 tensors[found] = _rest(slices[name][...], share, kept or [], dtype)
-        write_tensors(output / file, tensors)
+        write_tensors(output / file, tensors | apart)
     return {
         "file": file,
         "modules": specs,
         "kept": kept,
         "new": changed,
-        "copied": len(copied) - sum(name in shrinking for name in copied),
+        "copied": len(copied) + len(apart) - sum(name in shrinking for name in copied),
     }
+
+
+def _apart(
+    plan: Plan, module: nn.Module, prefix: str, parted: Iterable[str], gone: set[str]
+) -> dict[str, torch.Tensor]:
+    """What some source tensors feed beside what is gone, under the model's names.
+
+    Args:
+        plan: The run's plan.
+        module: The layer, filled.
+        prefix: Its path and a dot.
+        parted: The source tensors.
+        gone: Tensors of the model that terms stand for.
+    """
+    held = module.state_dict()
+    found = {}
+    for name in parted:
+        dtype = TORCH_DTYPES[plan.source.tensors[name].dtype]
+        for target in plan.model.weights.targets[name]:
+            if target not in gone:
+                found[target] = held[target.removeprefix(prefix)].to(dtype)
+    return found
 
 
 def _storage_dtype(plan: Plan, layer: int) -> torch.dtype:
@@ -172,17 +214,37 @@ def _rest(
     tensor: torch.Tensor, share: Share, kept: list[int], dtype: torch.dtype | None
 ) -> torch.Tensor:
     """What stays of a source tensor; experts' own in the dtype in which changed ones are stored."""
-    if share.dim is not None:
-        tensor = tensor.index_select(share.dim, torch.tensor(kept))
+    tensor = share.rest(tensor, kept)
     return tensor.to(dtype) if share.of_experts and dtype is not None else tensor
 
 
-def write_outer(plan: Plan, output: Path) -> dict[str, Any]:
-    """Writes the shard of everything outside the layers, copied bit by bit."""
-    names = [*plan.model.outer_tensors, *plan.model.weights.unread]
-    file = shard_name(-1, len(plan.model.layers))
+def write_outer(plan: Plan, output: Path, kind: str) -> dict[str, Any]:
+    """Writes the shard of everything outside the layers, copied bit by bit, one after the other.
+
+    Vision towers and tensors that transformers does not read may be larger than any layer. What the
+    source stores quantised is dequantised.
+
+    Args:
+        plan: The run's plan.
+        output: The checkpoint's directory.
+        kind: The kind of output, on which it depends what becomes of unread tensors.
+
+    Returns:
+        The record: file, how many tensors it has.
+    """
+    gone = set(plan.left_out(kind))
+    model, infos = plan.model, plan.source.tensors
+    inside = {name for names in model.layer_tensors for name in names}
+    side = [name for name in model.side_tensors if name not in inside]
+    unread = [name for name in plan.unread.names if name not in gone]
+    names = [*model.outer_tensors, *side, *unread]
+    file = shard_name(-1, len(model.layers))
+    empty = {
+        n: torch.empty(infos[n].shape, dtype=TORCH_DTYPES[infos[n].dtype], device="meta")
+        for n in names
+    }
     with plan.source.slices(names) as slices:
-        write_tensors(output / file, {name: slices[name][...] for name in names})
+        write_tensors(output / file, empty, read=lambda name: slices[name][...])
     return {"file": file, "copied": len(names)}
 
 
@@ -209,6 +271,18 @@ def write_index(output: Path, files: Iterable[str], modules: Mapping[str, Any]) 
     return parameters, nbytes
 
 
+def written_kind(plan: Plan, modules: Mapping[str, Any], left: Mapping[int, int]) -> str:
+    """The kind of output: "native" where all that is left is an ordinary model with fewer experts.
+
+    Args:
+        plan: The run's plan.
+        modules: Module path → type and term specs, of modules that terms stand for.
+        left: How many experts each layer keeps, of the layers that have lost some.
+    """
+    alike = not left or config_without(plan, left) is not None
+    return "mctk" if modules or not alike else "native"
+
+
 def write_config(
     plan: Plan,
     output: Path,
@@ -216,8 +290,10 @@ def write_config(
     providers: list[str],
     method: Any,
     left: Mapping[int, int],
-) -> str:
+) -> None:
     """Writes config.json: the source's, with the number of experts, the storage dtype and our keys.
+
+    Where layers for multi-token prediction are left out it says of none.
 
     Args:
         plan: The run's plan.
@@ -226,9 +302,6 @@ def write_config(
         providers: Plugins whose kinds of term these are.
         method: What made the checkpoint, for people to read.
         left: How many experts each layer keeps, of the layers that have lost some.
-
-    Returns:
-        The kind of output: "native" where it says nothing of mctk.
     """
     smaller = config_without(plan, left) if left else None
     config = dict(plan.source.config if smaller is None else smaller)
@@ -244,10 +317,12 @@ def write_config(
     if plan.recipe.storage_dtype != "auto":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = plan.recipe.storage_dtype
+    gone = set(plan.left_out(written_kind(plan, modules, left)))
+    if plan.unread.predictors and gone.issuperset(plan.unread.predictors):
+        config = without_predictors(config)
     if modules or experts:
         config = checkpoint_config(config, modules, providers, method, experts)
     write_json(output / "config.json", config)
-    return "mctk" if modules or experts else "native"
 
 
 def copy_companions(source: Source, output: Path) -> list[str]:

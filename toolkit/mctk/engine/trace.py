@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from ..models import BankSite, installed, neighbours
+from ..plan import TRACE_TOKENS
 from ..runtime import observe
-from ..sweep import LayerCall, StreamedModel
+from ..statistics import LayerPassed, LayerSamples, LayerStatistics
+from ..sweep import LayerCall, Passed, StreamedModel
 from ..terms import Bank, Term, removed_members
 
 UNCHANGED = 1e-4  # relative squared error that rounding may leave, in bfloat16 too
@@ -32,7 +34,7 @@ class LayerOriginal:
         module: The layer.
         sites: Its bank sites.
         banks: Its original banks.
-        samples: Hidden states [n, T, H] that enter it.
+        samples: What enters it, n sequences (`kept_samples`).
         call: What else the layer is passed for these sequences.
 
     Attributes:
@@ -48,7 +50,7 @@ class LayerOriginal:
         module: nn.Module,
         sites: dict[str, BankSite],
         banks: dict[str, Bank],
-        samples: torch.Tensor,
+        samples: Passed,
         call: LayerCall,
     ) -> None:
         self.model, self.index, self.module = model, index, module
@@ -57,14 +59,14 @@ class LayerOriginal:
         self.energies: dict[str, float] = {}  # of each bank's outputs, once known
         self.inputs: dict[str, dict[int, list[torch.Tensor]]] = {}
         self.outputs = self._run(listen=True)
-        self.energy = _squared_distance(self.outputs, samples.to(self.outputs.device))
+        self.energy = _squared_distance(self.outputs, samples.hidden.to(self.outputs.device))
 
     def _run(self, listen: bool = False) -> torch.Tensor:
         with contextlib.ExitStack() as stack, torch.no_grad():
             if listen:
                 self._listen(stack)
             entering = self.samples.to(self.model.device)
-            return self.model.run_layer(self.index, entering, self.call)
+            return self.model.run_layer(self.index, entering, self.call).hidden
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         """Records what enters every bank of the original layer, until the stack unwinds."""
@@ -124,6 +126,12 @@ class LayerOriginal:
     def whole_modules(self, banks: dict[str, Bank], names: set[str]) -> dict[str, Bank]:
         """All banks of every module that holds one of the named."""
         return {name: banks[name] for name in neighbours(self.sites, names)}
+
+
+def kept_samples(statistics: LayerStatistics) -> Passed:
+    """What enters a layer in the original, of the first sequences."""
+    more = statistics.get(LayerPassed(TRACE_TOKENS), {})
+    return Passed(statistics[LayerSamples(TRACE_TOKENS)], more)
 
 
 class LayerTrace:

@@ -52,32 +52,41 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The whole model in memory, by `from_pretrained`.
+    """The whole model in memory, by `from_pretrained`, or of several speakers the one that writes.
+
+    Weights that are stored quantised are dequantised as they are when the model is streamed; on a
+    GPU transformers would compute with them as they are, other numbers than those compressed.
 
     Raises:
         CheckpointError: Tensors are missing or contradict config.json.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from ..checkpoint import Source
+    from ..checkpoint import Source, fill
+    from ..models import auto_class, language_part
     from ..runtime import restore_buffers
     from ..sweep import StreamedModel
 
     # transformers fills what a checkpoint lacks with random numbers; the headers tell before.
-    StreamedModel(Source(path), trust_remote_code=trust_remote_code)
+    source, name = Source(path), str(dtype).removeprefix("torch.")
+    streamed = StreamedModel(source, device, name, trust_remote_code)
+    if source.quantised is not None:
+        streamed.load_outer()
+        for module, tensors in zip(streamed.layers, streamed.layer_tensors, strict=True):
+            fill(streamed.model, source, tensors, device, module)
+        return streamed.language
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # progress is ours to tell
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(streamed.config).from_pretrained(
             str(path), dtype=dtype, trust_remote_code=trust_remote_code, **placed
         )
     finally:
         if shown:
             logging.enable_progress_bar()
     restore_buffers(model)  # transformers leaves those of remote code uninitialised
-    return model.eval()
+    return language_part(model.eval())[1]
 
 
 def weights_fit(

@@ -15,9 +15,12 @@ lose the small singular values.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from mctk.linalg.known import Directions, directions
 from mctk.linalg.products import upper_product
 from mctk.linalg.root import Root, square_root
 
@@ -43,24 +46,20 @@ class MetricSVD:
         self,
         weight: Tensor,
         matrix: Tensor,
-        gram: Tensor,
+        found: Directions,
         metric: str,
         *,
         output_side: bool,
         moment: Tensor | None = None,
         root: Root | None = None,
     ) -> None:
-        # Output side: W and A. Input side: Sᵀ Wᵀ and its Gram matrix; rows are contiguous.
+        # Output side: W. Input side: Sᵀ Wᵀ. Rows are contiguous.
         self._weight = weight
         self._matrix = matrix
         self._output_side = output_side
         self._moment = moment
         self._root = root
-        eigenvalues, vectors = torch.linalg.eigh(gram, UPLO="U")
-        count = min(weight.shape)
-        self.spectrum = eigenvalues.flip(0)[:count].clamp(min=0)
-        # One eigenvector a row, so that those of any rank are contiguous.
-        self._vectors = vectors.t().flip(0)[:count]
+        self.spectrum, self._vectors = found
         self.metric = metric
         self.damping = 0.0 if root is None else root.damping
 
@@ -204,25 +203,47 @@ def metric_svd(
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
         raise ValueError("weight contains NaN or infinity")
-    moment, metric, root = None, "plain", None
+    moment, metric, root, count = None, "plain", None, min(m, n)
     if output_moment is not None:
         outputs = _checked(output_moment, m, "output moment", weight.device)
         if outputs is not None:
-            return MetricSVD(weight, weight.double(), outputs, "output", output_side=True)
+            kind = f"output, {count}"
+            found = directions(kind, (output_moment,), partial(_largest, outputs, count))
+            return MetricSVD(weight, weight.double(), found, "output", output_side=True)
     elif input_moment is not None:
         moment = _checked(input_moment, n, "input moment", weight.device)
         metric = "plain" if moment is None else "input"
+    of = (weight,) if input_moment is None or moment is None else (weight, input_moment)
     if m <= n:
         matrix = weight.double()
-        weighted = matrix if moment is None else matrix @ moment
-        gram = upper_product(weighted, matrix)
-        return MetricSVD(weight, matrix, gram, metric, output_side=True, moment=moment)
+        found = directions(metric, of, lambda: _largest(_gram(matrix, moment), count))
+        return MetricSVD(weight, matrix, found, metric, output_side=True, moment=moment)
     matrix = weight.t().contiguous().double()
     if moment is not None:
         root = square_root(moment)
         matrix = root.times(matrix)
-    gram = upper_product(matrix, matrix)
-    return MetricSVD(weight, matrix, gram, metric, output_side=False, moment=moment, root=root)
+    found = directions(metric, of, lambda: _largest(_gram(matrix, None), count))
+    return MetricSVD(weight, matrix, found, metric, output_side=False, moment=moment, root=root)
+
+
+def _gram(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """The upper triangle of ``M C Mᵀ``, C the identity where no moment is given."""
+    return upper_product(matrix if moment is None else matrix @ moment, matrix)
+
+
+def _largest(gram: Tensor, count: int) -> Directions:
+    """The largest eigenvalues of a Gram matrix, descending, and their vectors.
+
+    Args:
+        gram: ``[k, k]``; its upper triangle counts.
+        count: How many.
+
+    Returns:
+        ``[count]``, not negative, and one vector a row ``[count, k]``, so that those of any rank
+        are contiguous.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram, UPLO="U")
+    return eigenvalues.flip(0)[:count].clamp(min=0), vectors.t().flip(0)[:count]
 
 
 def _checked(moment: Tensor, size: int, name: str, device: torch.device) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..terms import DENSE, Bank, SizeCurve, Term
 from .layout import DataDecide, MetaTerms, apply_layout, banks_now, groups, lay_out_layer
+from .quantised import stored_share
 from .removal import too_small
 
 TOLERANCE = 0.005  # of the original: how far below its budget a run may end
@@ -37,16 +38,17 @@ def set_budget(plan: Plan) -> None:
     def cost(terms: list[Term]) -> int:
         return sum(term.nbytes() if in_bytes else term.parameters() for term in terms)
 
-    total = plan.original.bytes if in_bytes else plan.original.parameters
-    plan.scope = _scope(plan, total, cost)
+    plan.scope, dequantised = _scope(plan, cost)
+    plan.outside = (plan.plain.bytes if in_bytes else plan.plain.parameters) - dequantised
     plan.allowed = math.floor(budget.kept * plan.scope + 1e-6)
     plan.share = _even_share(plan)
     try:
         # Everything as it is with the auto steps left out; what they would rewrite comes off.
         fixed = plan.sizes()
-        rest = plan.predict(fixed)
-        if rest is None:
+        changed = plan.layout(fixed)
+        if changed is None:
             raise DataDecide
+        rest = plan.in_scope(fixed, changed)
         found = [
             _curve(plan, fixed, number, layer, names, in_bytes)
             for number in auto
@@ -59,8 +61,7 @@ def set_budget(plan: Plan) -> None:
         raise recipe.error(
             ("budget",), "the sizes of the steps that are not size: auto depend on data"
         ) from None
-    result = rest.bytes if in_bytes else rest.parameters
-    rest_in_scope = plan.scope - (total - result) - sum(present for _, present in found)
+    rest_in_scope = rest - sum(present for _, present in found)
     plan.curves = [curve for curve, _ in found]
     plan.budget = plan.allowed - rest_in_scope
     items = merged_curves(plan, plan.curves)
@@ -117,7 +118,8 @@ def _even_share(plan: Plan) -> float:
         site = plan.sites[layer][bank]
         itemsize = plan.source_dtype(layer, site).itemsize if in_bytes else 1
         whole += site.shape.parameters * itemsize
-    return max(0.0, (plan.allowed - (plan.scope - whole)) / whole)
+    rest = (plan.plain.bytes if in_bytes else plan.plain.parameters) - plan.outside - whole
+    return max(0.0, (plan.allowed - rest) / whole)
 
 
 def _check_feasible(plan: Plan) -> None:
@@ -136,12 +138,18 @@ def _check_feasible(plan: Plan) -> None:
     allocate.method.allocate(stand_ins, plan.budget, allocate.options)
 
 
-def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
-    """What the budget's scope costs in the original."""
+def _scope(plan: Plan, cost: Callable[[list[Term]], int]) -> tuple[int, int]:
+    """What the budget's scope costs in the original: as it is stored, and dequantised.
+
+    The two differ in bytes only, and where the source stores weights quantised.
+    """
     assert plan.recipe.budget is not None
-    of = plan.recipe.budget.of
+    of, in_bytes = plan.recipe.budget.of, plan.recipe.budget.unit == "bytes"
     if of == "model":
-        return total
+        if not in_bytes:
+            return plan.plain.parameters, plan.plain.parameters
+        unread = sum(plan.source.stored_bytes(name) for name in plan.unread.names)
+        return plan.original.bytes - unread, plan.plain.bytes
     chosen = {
         (layer, name)
         for layer, sites in enumerate(plan.sites)
@@ -154,7 +162,13 @@ def _scope(plan: Plan, total: int, cost: Callable[[list[Term]], int]) -> int:
     }
     if not chosen:
         raise plan.recipe.error(("budget",), f"of: the model has no {of}")
-    return sum(cost(plan.original_terms(layer, plan.sites[layer][name])) for layer, name in chosen)
+    stored = dequantised = 0
+    for layer, name in sorted(chosen):
+        site = plan.sites[layer][name]
+        own = cost(plan.original_terms(layer, site))
+        dequantised += own
+        stored += round(own * stored_share(plan, layer, site)) if in_bytes else own
+    return stored, dequantised
 
 
 def merged_curves(plan: Plan, curves: list[SizeCurve]) -> list[SizeCurve]:

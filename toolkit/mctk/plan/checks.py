@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint import experts_per_token
+from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import CheckpointError, UserError
 from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from ..models import BankSite
     from ..sweep import StreamedModel
     from .plan import Plan
+
+
+def check_layers(model: StreamedModel) -> None:
+    """A model whose layers cannot run one by one, each once and in order, is refused here.
+
+    Raises:
+        UserError: Says what its own forward does with its layers.
+    """
+    _ = model.wiring  # found out now
 
 
 def check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
@@ -25,6 +35,29 @@ def check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> Non
                 f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
                 f"per token, and layer {layer} has {experts}"
             )
+
+
+def check_options(plan: Plan) -> None:
+    """An option that is given by layer names layers that its step works on.
+
+    Which options those are, their fields say: ``json_schema_extra={"keys": "layers"}``.
+    """
+    for number, step in enumerate(plan.recipe.steps):
+        for name, field in type(step.options).model_fields.items():
+            extra = field.json_schema_extra
+            if not isinstance(extra, dict) or extra.get("keys") != "layers":
+                continue
+            for layer in getattr(step.options, name):
+                if layer in plan.targets[number]:
+                    continue
+                last = len(plan.sites) - 1
+                why = (
+                    f"there is no layer {layer}; the last is {last}"
+                    if layer > last
+                    else f"has no effect: the step does not work on layer {layer}"
+                )
+                path = ("steps", number, "options", name, str(layer))
+                raise plan.recipe.error(path, why)
 
 
 def check_gradients(plan: Plan) -> None:
@@ -61,19 +94,32 @@ def check_fused(plan: Plan) -> None:
         inside = [target for target in names if target.startswith(prefixes)]
         if inside and len(inside) < len(names):
             other = next(t for t in names if not t.startswith(prefixes))
+            if all(t in plan.model.side for t in names if t not in inside):
+                _check_apart(plan, name)
+                continue
             raise UserError(
                 f"steps: {inside[0]} and {other} are one tensor in the checkpoint ({name}); "
                 "target both or neither"
             )
 
 
+def _check_apart(plan: Plan, name: str) -> None:
+    """What is loaded together with a changed module is written apart, as the model holds it.
+
+    Raises:
+        RecipeError: In the dtype of computation it is not what the checkpoint has.
+    """
+    stored, computed = TORCH_DTYPES[plan.source.tensors[name].dtype], plan.model.dtype
+    if torch.promote_types(stored, computed) != computed:
+        raise plan.recipe.error(
+            ("dtype",),
+            f"{str(computed).removeprefix('torch.')} does not hold what {name} and others store; "
+            "they are copied from memory: write auto or float32",
+        )
+
+
 def warn(plan: Plan) -> None:
     """Notes what is legal but surprising."""
-    unread = plan.model.weights.unread
-    if unread:
-        plan.warnings.append(
-            f"{len(unread)} tensors are not read by transformers ({unread[0]} ...): copied as is"
-        )
     longest = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
     evaluate = plan.recipe.evaluate
     lengths = [text.length for text in evaluate.perplexity] if evaluate is not None else []

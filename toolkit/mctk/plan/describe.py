@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from ..checkpoint import ModelSizes, expert_macs, experts_per_token
-from ..data import calibration_windows, evaluation_windows
-from ..errors import UserError
-from ..evaluate.harness import check_tasks
 from ..statistics import Need, RoutedOutputs, size_of
 from ..terms import DENSE
+from .bounds import at_most
 from .budget import TOLERANCE
+from .counting import count_model
 from .layout import DataDecide, MetaTerms, lay_out_layer
-from .plan import Plan, Size, count_model
+from .plan import Plan, Size
+from .quantised import byte_warnings, quantised_record
 from .removal import output_kind
+from .side import side_sizes
+from .texts import check_calibration, check_evaluation
+from .unread import beside, unread_record, unread_warnings
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -22,20 +24,20 @@ def describe(plan: Plan) -> dict[str, Any]:
 
     Sizes are exact where they do not depend on data. Where an allocator decides by measured
     errors they are a bound: at most the budget, at least the budget less the tolerance; the banks'
-    settings are unknown then.
+    settings are unknown then. Sizes that are named under `at_most` are bounds by themselves.
     """
     recipe, model = plan.recipe, plan.model
     sizes = None if plan.needs_curves or plan.pending else plan.solve()
     changed = None if sizes is None else plan.layout(sizes)
-    predicted = None if changed is None else count_model(model, changed)
-    exact = predicted is not None
+    kind = _kind(plan, sizes, changed)
+    predicted = None if changed is None else count_model(model, changed, plan.left_out(kind))
+    bounded = at_most(changed) if changed is not None else []
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
     bound = None
-    if not exact and plan.allowed is not None and recipe.budget is not None:
-        unit = recipe.budget.unit
-        gone = plan.scope - plan.allowed
-        most = plan.original.as_dict()[unit] - gone
-        bound = {"unit": unit, "most": most, "least": most - int(TOLERANCE * plan.scope)}
+    if predicted is None and plan.allowed is not None and recipe.budget is not None:
+        most = plan.allowed + beside(plan, kind)
+        least = most - int(TOLERANCE * plan.scope)
+        bound = {"unit": recipe.budget.unit, "most": most, "least": least}
     needs = [need for layer in plan.needs.values() for need in layer]
     current = any(need.current for need in needs)
     sweeps, backward = bool(needs) + current, int(any(need.gradient for need in needs))
@@ -48,17 +50,21 @@ def describe(plan: Plan) -> dict[str, Any]:
             "layers": len(model.layers),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
+            "side": side_sizes(model),
         },
-        "output": {"path": str(recipe.output), "kind": _kind(plan, sizes, changed)},
+        "output": {"path": str(recipe.output), "kind": kind},
+        "quantised_source": quantised_record(plan),
+        "unread": unread_record(plan, kind),
         "steps": [_step(plan, number) for number in range(len(recipe.steps))],
         "allocate": recipe.allocate.method.name if recipe.allocate else None,
         "sizes": {
             "original": plan.original.as_dict(),
             "planned": planned,
-            "exact": exact,
+            "exact": predicted is not None and not bounded,
+            "at_most": bounded,
             "bound": bound,
         },
-        "speed": _speed(plan, changed),
+        "speed": _speed(plan, changed, bool(bounded)),
         "layers": layers,
         "statistics": _statistics(plan),
         "sweeps": sweeps,
@@ -68,7 +74,12 @@ def describe(plan: Plan) -> dict[str, Any]:
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
         "resources": resources(plan, predicted),
-        "warnings": [*plan.warnings, *_grown(layers)],
+        "warnings": [
+            *plan.warnings,
+            *_grown(layers),
+            *unread_warnings(plan, kind),
+            *byte_warnings(plan, predicted.bytes if predicted else None),
+        ],
     }
 
 
@@ -93,23 +104,21 @@ def _grown(layers: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _speed(plan: Plan, changed: MetaTerms | None) -> dict[str, Any] | None:
+def _speed(plan: Plan, changed: MetaTerms | None, at_most: bool) -> dict[str, Any] | None:
     """How much less the routed experts multiply for a token: a bound on their speed-up.
 
     What experts share counts once per token, as the run time computes it. With one base of which p
     is kept and low-rank differences of ratio ρ, k experts of a token cost ``p + k ρ`` instead of k.
-    None where the sizes are not known yet, or nothing is routed.
+    None where the sizes are not known yet, or nothing is routed; without a bound where what is
+    multiplied is one itself (`at_most`).
     """
     k = experts_per_token(plan.model.config)
     before = expert_macs(plan.model.layers, k, {})
     if changed is None or not before:
         return None
     after = expert_macs(plan.model.layers, k, changed)
-    return {
-        "expert_macs": before,
-        "planned_expert_macs": after,
-        "bound": before / after if after else None,
-    }
+    bound = before / after if after and not at_most else None
+    return {"expert_macs": before, "planned_expert_macs": after, "bound": bound}
 
 
 def _step(plan: Plan, number: int) -> dict[str, Any]:
@@ -201,73 +210,6 @@ def _need_name(need: Need) -> str:
     return f"{type(need).__name__}({', '.join(words)})"
 
 
-def check_calibration(plan: Plan) -> dict[str, Any] | None:
-    """Draws the calibration sequences, so that too little text is found now.
-
-    Text that only a hub has is not fetched for a plan, and without a tokenizer in the model's
-    directory nothing can be counted; the plan then says that the text was not checked.
-
-    Raises:
-        UserError: There is too little text.
-    """
-    calibration = plan.recipe.calibration
-    if calibration is None:
-        return None
-    known = {
-        "sequences": calibration.sequences,
-        "length": calibration.length,
-        "tokens": calibration.sequences * calibration.length,
-        "propagate": plan.recipe.propagate,
-    }
-    sources = calibration.source if isinstance(calibration.source, list) else [calibration.source]
-    if any(source.dataset is not None for source in sources):
-        return {**known, "checked": False, "why": "named datasets are fetched by the run"}
-    try:
-        tokenizer = _tokenizer(plan)
-    except _NoTokenizer as error:
-        return {**known, "checked": False, "why": str(error)}
-    windows = calibration_windows(
-        tokenizer, calibration.source, calibration.sequences, calibration.length, plan.recipe.seed
-    )
-    return {**known, "checked": True, "digest": windows.digest}
-
-
-def check_evaluation(plan: Plan) -> dict[str, Any] | None:
-    """Cuts the local evaluation texts into windows, so that missing text is found now.
-
-    Raises:
-        UserError: A text is missing, or shorter than one window.
-    """
-    section = plan.recipe.evaluate
-    if section is None:
-        return None
-    if section.tasks:
-        check_tasks(section.tasks)
-    windows: dict[str, int | None] = {}
-    for text in section.perplexity:
-        windows[text.name] = None  # a named dataset is fetched by the run
-        if text.dataset is None:
-            text.files()
-            with contextlib.suppress(_NoTokenizer):
-                tokenizer = _tokenizer(plan)
-                found = evaluation_windows(tokenizer, text, text.length, text.windows)
-                windows[text.name] = found.ids.shape[0]
-    return {"windows": windows, "tasks": list(section.tasks)}
-
-
-class _NoTokenizer(Exception):
-    """The model's directory has none that loads; text cannot be counted then."""
-
-
-def _tokenizer(plan: Plan) -> Any:
-    from ..evaluate.loading import load_tokenizer
-
-    try:
-        return load_tokenizer(plan.source.path, plan.recipe.trust_remote_code)
-    except UserError as error:
-        raise _NoTokenizer(str(error)) from error
-
-
 def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     """Estimates in bytes: peak memory, and disk for output, statistics and temporary files.
 
@@ -287,7 +229,7 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     if recipe.calibration is not None:
         width = model.config.get_text_config().hidden_size
         length = recipe.calibration.length
-        hidden = recipe.calibration.sequences * length * width * itemsize
+        hidden = recipe.calibration.sequences * length * model.wiring.passing()
         temporary = hidden
         for layer, needs in plan.needs.items():
             sizes = {n: size_of(n, plan.sites[layer], width, itemsize, length) for n in needs}
@@ -365,4 +307,4 @@ def _most_bytes(plan: Plan) -> int:
         ),
         default=1.0,
     )
-    return int(plan.original.bytes * max(1.0, wider) * 1.01)
+    return int(count_model(plan.model, {}).bytes * max(1.0, wider) * 1.01)

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ..errors import nearest
-from ..statistics import ExpertFrequency, LayerSamples, Need, check_needs
+from ..statistics import ExpertFrequency, LayerPassed, LayerSamples, Need, check_needs
 
 if TYPE_CHECKING:
     from ..models import BankSite
@@ -168,6 +168,8 @@ def _add_own(plan: Plan, needs: dict[int, list[Need]]) -> None:
     for layer in sorted({layer for step in plan.targets for layer in step}):
         wanted = needs.setdefault(layer, [])
         wanted.append(LayerSamples(TRACE_TOKENS))
+        if plan.model.wiring.more:
+            wanted.append(LayerPassed(TRACE_TOKENS))
         has_experts = any(site.part == "down" for site in plan.sites[layer].values())
         if has_experts and ExpertFrequency() not in wanted:
             wanted.append(ExpertFrequency())  # tokens per expert are part of every report

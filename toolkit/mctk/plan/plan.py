@@ -7,7 +7,6 @@ allocation it is restated with the actual sizes; the files that are written equa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,19 +16,28 @@ import torch
 from ..checkpoint import (
     ModelSizes,
     Source,
-    count,
-    experts_per_token,
+    Unread,
+    find_unread,
     open_source,
     original_terms,
 )
 from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import UserError
 from ..models import BankSite, bank_sites
+from ..recipe import check_texts
 from ..statistics import Need
 from ..sweep import StreamedModel
 from ..terms import DENSE, Bank, SizeCurve, Term
 from .budget import merged_curves, set_budget
-from .checks import check_fused, check_gradients, check_routing, warn
+from .checks import (
+    check_fused,
+    check_gradients,
+    check_layers,
+    check_options,
+    check_routing,
+    warn,
+)
+from .counting import count_model
 from .layout import (
     DataDecide,
     MetaTerms,
@@ -40,8 +48,9 @@ from .layout import (
     with_neighbours,
 )
 from .needs import find_needs, find_targets
-from .removal import check_removal
+from .removal import check_removal, output_kind
 from .stated import stated
+from .unread import beside, unread_left_out
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -66,8 +75,11 @@ class Plan:
         budget: What the auto banks may cost in all, in the budget's unit; None without a budget.
         allowed: What the budget's scope may cost in all.
         share: What an even split of it leaves the auto steps' banks of their parameters.
-        scope: What it costs in the original.
-        original: Sizes of the original.
+        scope: What it costs in the original, in bytes as they are stored.
+        outside: What the result stores beside the scope and the unread tensors, in that unit.
+        original: Sizes of the original, as it is stored.
+        plain: What transformers reads of it, dequantised: what the steps start from.
+        unread: The tensors that it does not read; they are outside of every scope.
         prepared: How many steps, from the first, are run before others' statistics are taken.
         prepared_terms: What those steps have made, on meta, once they have been run.
         warnings: What the user should know.
@@ -85,6 +97,9 @@ class Plan:
     allowed: int | None
     scope: int
     original: ModelSizes
+    plain: ModelSizes
+    unread: Unread
+    outside: int = 0
     share: float | None = None
     prepared: int = 0
     prepared_terms: MetaTerms | None = None
@@ -237,17 +252,30 @@ class Plan:
     def predict(self, sizes: Size) -> ModelSizes | None:
         """The result's sizes; None if data decide them."""
         changed = self.layout(sizes)
-        return None if changed is None else count_model(self.model, changed)
+        return None if changed is None else self.count(sizes, changed)
 
-    def attained(self, sizes: Mapping[str, int]) -> int:
+    def count(self, sizes: Size, changed: MetaTerms) -> ModelSizes:
+        """The sizes of a result with these terms."""
+        return count_model(self.model, changed, self.left_out(output_kind(self, sizes, changed)))
+
+    def left_out(self, kind: str) -> tuple[str, ...]:
+        """The unread tensors that a result of some form does not get."""
+        return unread_left_out(self, kind)
+
+    def attained(self, sizes: Mapping[str, int], kind: str = "mctk") -> int:
         """What the budget's scope costs in a result, in the budget's unit.
 
         Args:
             sizes: The result's sizes by name, as `ModelSizes.as_dict` gives them.
+            kind: Its form.
         """
         assert self.recipe.budget is not None
-        unit = self.recipe.budget.unit
-        return self.scope - (self.original.as_dict()[unit] - sizes[unit])
+        return sizes[self.recipe.budget.unit] - beside(self, kind)
+
+    def in_scope(self, sizes: Size, changed: MetaTerms) -> int:
+        """What the budget's scope costs in a result with these terms."""
+        kind = output_kind(self, sizes, changed)
+        return self.attained(self.count(sizes, changed).as_dict(), kind)
 
     def setting(self, number: int, layer: int, names: list[str]) -> int | None:
         """A step's setting on some banks, where the recipe states it.
@@ -300,23 +328,6 @@ class Plan:
         return next(names for names in self.groups(number, layer) if bank in names)
 
 
-def count_model(
-    model: StreamedModel, changed: Mapping[int, Mapping[str, list[Term]]]
-) -> ModelSizes:
-    """Counts a streamed model whose changed modules hold these terms."""
-    head = model.model.get_output_embeddings()
-    head_macs = math.prod(head.weight.shape) if head is not None else 0
-    return count(
-        model.source,
-        model.weights,
-        model.layers,
-        model.layers_path,
-        experts_per_token(model.config),
-        head_macs,
-        changed,
-    )
-
-
 def make_plan(
     recipe: Recipe,
     registry: Registry,
@@ -338,22 +349,29 @@ def make_plan(
         UserError: Whatever is wrong with the model, the targets, the sizes or the budget.
     """
     registry.register_kinds()
+    check_texts(recipe)
     if model is None:
         source = open_source(recipe.model, recipe.revision, weights)
         model = StreamedModel(source, device, recipe.dtype, recipe.trust_remote_code)
     if "quantization_config" in model.source.config:
         raise UserError(f"{model.source.path}: is compressed already; compress the original")
     sites = [bank_sites(layer) for layer in model.layers]
+    check_layers(model)
     check_routing(model, sites)
     recipe.check_layers(len(sites))
     targets = [find_targets(recipe, number, sites) for number in range(len(recipe.steps))]
-    original = count_model(model, {})
-    plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original)
+    original = count_model(model, {}, stored=True)
+    unread = find_unread(model.weights.unread, len(sites))
+    plain = count_model(model, {}, unread.names)
+    plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original, plain, unread)
+    check_options(plan)
     find_needs(plan)
     check_gradients(plan)
     check_fused(plan)
     set_budget(plan)
     if not plan.pending:
-        check_removal(plan, plan.smallest() if plan.needs_curves else plan.solve())
+        sizes = plan.smallest() if plan.needs_curves else plan.solve()
+        check_removal(plan, sizes)
+        plan.left_out(output_kind(plan, sizes, plan.layout(sizes)))
     warn(plan)
     return plan

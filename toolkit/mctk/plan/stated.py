@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..terms import DENSE, SizeCurve
-from .budget import merged_curves
+from .budget import TOLERANCE, merged_curves
 from .layout import banks_now, lay_out_layer
 
 if TYPE_CHECKING:
@@ -49,16 +50,7 @@ def stated(plan: Plan, number: int, layer: int, names: list[str]) -> int | None:
         return _common(plan, number)
     if size.rank is not None:
         return size.rank
-    assert size.keep is not None  # a size that is not auto has a rank or a share
-    settings, costs = _choices(plan, number, layer, names)
-    whole = costs[-1]  # of what the step rewrites: the matrices, or a base among them
-    fitting = [s for s, c in zip(settings, costs, strict=True) if c <= size.keep * whole]
-    if not fitting:
-        raise plan.recipe.error(
-            where,
-            f"keep {size.keep} of {banks} is below the smallest size, {costs[0] / whole:.3f}",
-        )
-    return fitting[-1]
+    return _fitting(plan, number, *_choices(plan, number, layer, names), f" of {banks}")
 
 
 def _choices(plan: Plan, number: int, layer: int, names: list[str]) -> tuple[list[int], list[int]]:
@@ -87,14 +79,40 @@ def _common(plan: Plan, number: int) -> int:
             raise plan.recipe.error(where, f"{size.rank} is not a size here; there are {known}")
         found = size.rank
     else:
-        assert size.keep is not None
-        most = size.keep * curve.cost[-1]
-        fitting = [s for s, c in zip(curve.settings, curve.cost, strict=True) if c <= most]
-        if not fitting:
-            least = curve.cost[0] / curve.cost[-1]
-            raise plan.recipe.error(
-                where, f"keep {size.keep} is below the smallest size, {least:.3f}"
-            )
-        found = fitting[-1]
+        found = _fitting(plan, number, curve.settings, curve.cost, "")
     plan.common[number] = found
     return found
+
+
+def _fitting(
+    plan: Plan, number: int, settings: Sequence[int], costs: Sequence[int], what: str
+) -> int:
+    """The largest setting that stores no more than the share that a step states.
+
+    Args:
+        plan: The plan.
+        number: The step.
+        settings: What it may be, DENSE last.
+        costs: What each stores of what the step rewrites: the matrices, or a base among them.
+        what: Of which banks, for messages.
+
+    Raises:
+        RecipeError: Every setting stores more; or there is one alone, and it is not what is asked.
+    """
+    size, where = plan.recipe.steps[number].size, ("steps", number, "size", "keep")
+    assert size is not None and size.keep is not None  # a size that is stated: no rank, no auto
+    shares = [cost / costs[-1] for cost in costs]
+    fitting = [n for n, cost in enumerate(costs) if cost <= size.keep * costs[-1]]
+    if not fitting:
+        raise plan.recipe.error(
+            where, f"{size.keep}{what} is below the smallest size, {shares[0]:.3f}"
+        )
+    found = fitting[-1]
+    if len(settings) == 2 and settings[found] != DENSE and shares[found] < size.keep - TOLERANCE:
+        method = plan.recipe.steps[number].method
+        raise plan.recipe.error(
+            where,
+            f"{size.keep} has no effect: with these options {method.stage}/{method.name} has one "
+            f"size{what}; write {{keep: {shares[found]:.4g}}}",
+        )
+    return settings[found]

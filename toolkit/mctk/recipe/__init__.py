@@ -4,6 +4,7 @@ Loading a recipe imports the plugins it may name, but neither torch nor transfor
 """
 
 from mctk.recipe.load import load_recipe
+from mctk.recipe.published import published_command
 from mctk.recipe.schema import (
     Allocate,
     Budget,
@@ -17,6 +18,7 @@ from mctk.recipe.schema import (
     Speed,
     Step,
 )
+from mctk.recipe.texts import check_texts, draw_calibration, placed
 
 __all__ = [
     "Allocate",
@@ -30,5 +32,9 @@ __all__ = [
     "Size",
     "Speed",
     "Step",
+    "check_texts",
+    "draw_calibration",
     "load_recipe",
+    "placed",
+    "published_command",
 ]

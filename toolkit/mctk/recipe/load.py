@@ -58,7 +58,7 @@ def load_recipe(
     if "allocate" in data:
         data["allocate"] = _allocate(source, registry, data["allocate"])
     data.setdefault("output", str(Path("runs") / (source.file.stem if source.file else "recipe")))
-    root = source.file.resolve().parent if source.file else None
+    root = source.root
     recipe = validate(source, Recipe, data, (), context={"root": root}, strict_json=False)
     recipe._source = source
     _check_sizes(recipe)

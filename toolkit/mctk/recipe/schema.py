@@ -30,10 +30,12 @@ from pydantic import (
 from mctk.data import MixedSource, Source
 from mctk.errors import RecipeError
 from mctk.hookspecs import Method, MethodOptions
+from mctk.recipe.published import shortened
 from mctk.recipe.source import KeyPath, RecipeSource
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Propagate = Literal["original", "compressed"]
+Unread = Literal["auto", "keep", "drop"]
 
 
 class _Model(BaseModel):
@@ -292,6 +294,11 @@ class Recipe(_Model):
     calibration: Calibration | None = Field(None, description="text that methods see")
     budget: Budget | None = Field(None, description="what the run may store")
     allocate: Allocate | None = Field(None, description="how the budget is shared out")
+    unread: Unread = Field(
+        "auto",
+        description="tensors that transformers does not read with the model, as for multi-token "
+        "prediction: keep, drop; auto keeps them where config.json stays true of them",
+    )
     steps: list[Step] = Field(min_length=1, description="methods, in the order of their work")
     evaluate: Evaluate | None = Field(None, description="what is measured afterwards")
     gate: bool = Field(True, description="check the written files against what was computed")
@@ -319,19 +326,30 @@ class Recipe(_Model):
         """Returns the recipe as written, with the command line's changes applied."""
         return self._source.yaml()
 
+    def published(self) -> str:
+        """Returns the recipe for others to read: without this machine's paths."""
+        return self._source.published()
+
+    @property
+    def model_name(self) -> str:
+        """What to call the model in reports: its name on the hub, or of a directory its own."""
+        return shortened(self._source.data["model"], self._source.root)
+
     def canonical(self) -> dict[str, Any]:
         """Returns what decides the checkpoint's content, as JSON data, for hashing.
 
         Left out: output, device, gate, evaluate, the calibration's batch and keep_every (where and
-        how a run computes, not what), and the text of files (its digest belongs to the token
-        windows). Paths are as written, so that a project may be moved. Methods appear with their
-        versions.
+        how a run computes, not what), unread at its default, and the text of files (its digest
+        belongs to the token windows). Paths are as written, so that a project may be moved.
+        Methods appear with their versions.
         """
         data = self.model_dump(
             mode="json",
             exclude={"output", "device", "gate", "evaluate", "allocate", "steps"},
         )
         data["model"] = self._source.data["model"]
+        if self.unread == "auto":
+            data.pop("unread")  # so that runs from before there was the key go on
         if self.calibration is not None:
             for key in ("batch", "keep_every"):
                 data["calibration"].pop(key)

@@ -18,6 +18,7 @@ from yaml.nodes import Node, ScalarNode, SequenceNode
 
 from mctk.errors import RecipeError, UserError
 from mctk.hookspecs import STAGES
+from mctk.recipe.published import published
 
 KeyPath = tuple[str | int, ...]
 # Keys of one mapping that exclude each other: setting one on the command line drops the others.
@@ -136,7 +137,16 @@ class RecipeSource:
 
     def yaml(self) -> str:
         """Returns the recipe with all changes applied, to be read again by `load_recipe`."""
-        return yaml.dump(self.data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return _written(self.data)
+
+    def published(self) -> str:
+        """Returns the same for others to read: without this machine's paths."""
+        return _written(published(self.data, self.root))
+
+    @property
+    def root(self) -> Path | None:
+        """The directory of the file, if there is one: where relative paths begin."""
+        return self.file.resolve().parent if self.file else None
 
     def _compose(self, file: Path) -> Node:
         try:
@@ -223,6 +233,10 @@ class AssembledSource(RecipeSource):
             return part.source.error((*part.path, *path[1:]), message)
         source, place = self._home
         return source.error((*place, *path), message)
+
+
+def _written(data: Any) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _scalar(node: ScalarNode, file: Path | None) -> Any:

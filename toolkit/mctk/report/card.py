@@ -18,10 +18,10 @@ pip install mctk
 
 ```python
 import mctk  # tells transformers how to read the compressed layers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 path = "."  # this directory, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained(path)
+model = {auto}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```"""
 DYNAMIC = """\
@@ -30,12 +30,20 @@ each forward pass from its own tokens, so a sequence's logits depend on what els
 `mctk.runtime.dynamic_pruning(model, enabled=False)` makes it compute all of them."""
 LOADING_PLAIN = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 path = "."  # this directory, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained(path)
+model = {auto}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```"""
+
+
+# What the Hub calls the tasks of what an Auto class loads.
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
 
 
 def render_card(metrics: Metrics) -> str:
@@ -80,7 +88,7 @@ def _front_matter(metrics: Metrics) -> str:
         # The Hub knows finetune, adapter, merge and quantized; its tree of models shows what was
         # made smaller without training under the last.
         entries |= {"base_model": base, "base_model_relation": "quantized"}
-    entries |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    entries |= {"library_name": "transformers", "pipeline_tag": TASKS[_auto_class(metrics)]}
     entries["tags"] = ["mctk", "moe", "compressed"]
     if get(metrics, "model", "license"):
         entries["license"] = get(metrics, "model", "license")
@@ -102,11 +110,17 @@ def _introduction(metrics: Metrics) -> str:
 
 def _loading(metrics: Metrics) -> str:
     if metrics.get("output_kind", "mctk") not in (None, "mctk"):
-        return LOADING_PLAIN
+        return LOADING_PLAIN.format(auto=_auto_class(metrics))
     layers = [layer.get("banks") or {} for layer in metrics.get("layers") or []]
     summaries = [str(get(bank, "summary")) for banks in layers for bank in banks.values() if bank]
     dynamic = any("dynamic" in summary for summary in summaries)
-    return LOADING + ("\n\n" + DYNAMIC if dynamic else "")
+    loading = LOADING.format(auto=_auto_class(metrics))
+    return loading + ("\n\n" + DYNAMIC if dynamic else "")
+
+
+def _auto_class(metrics: Metrics) -> str:
+    """The Auto class that loads the checkpoint: of the original's, the same."""
+    return get(metrics, "model", "auto_class") or "AutoModelForCausalLM"
 
 
 def _sizes(metrics: Metrics) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from ..recipe import published_command
 from .parts import (
     SIZES,
     Metrics,
@@ -84,8 +85,9 @@ def _quality(metrics: Metrics) -> list[str]:
 
 
 def _prediction(metrics: Metrics) -> str:
-    """Planned beside attained, to the last digit: they must agree."""
+    """Planned beside attained, to the last digit: they must agree, or the plan says "at most"."""
     rows: list[Mapping[str, Any]] = []
+    bounds = get(metrics, "sizes", "at_most") or []
     for key, title, _ in SIZES:
         planned = get(metrics, "sizes", "planned", key)
         attained = get(metrics, "sizes", "attained", key)
@@ -97,7 +99,7 @@ def _prediction(metrics: Metrics) -> str:
             {
                 "what": title,
                 "original": original,
-                "planned": planned,
+                "planned": f"≤ {whole(planned)}" if key in bounds else planned,
                 "attained": attained,
                 "difference": "equal" if difference == 0 else whole(difference),
             }
@@ -109,7 +111,13 @@ def _prediction(metrics: Metrics) -> str:
         Column("attained", "measured", whole),
         Column("difference", "measured less planned"),
     ]
-    return Table(columns, rows).markdown() if rows else ""
+    notes = []
+    if bounds:
+        notes.append(
+            "≤: at most; how many experts a token skips, or which of them share weights, was known "
+            "after calibration only."
+        )
+    return Table(columns, rows, notes).markdown() if rows else ""
 
 
 def _budget(metrics: Metrics) -> str:
@@ -126,33 +134,36 @@ def _budget(metrics: Metrics) -> str:
 
 
 def _trace(metrics: Metrics) -> list[str]:
-    rows: list[Mapping[str, Any]] = []
+    """One row a layer and step; a step that takes bank by bank stands as it left the last one."""
+    rows: list[dict[str, Any]] = []
+    banks: dict[str, None] = {}
     for layer in metrics.get("layers") or []:
         for entry in get(layer, "trace") or []:
-            rows.append(
-                {
-                    "layer": get(layer, "layer"),
-                    "step": get(entry, "step"),
-                    "bank": get(entry, "bank"),
-                    "bank_error": get(entry, "bank_error"),
-                    "layer_error": get(entry, "layer_error"),
-                }
-            )
+            place = {"layer": get(layer, "layer"), "step": get(entry, "step")}
+            bank = text(get(entry, "bank"))
+            last = rows[-1] if rows else {}
+            if not rows or bank in last or {key: last.get(key) for key in place} != place:
+                rows.append(place)
+            banks[bank] = None
+            rows[-1][bank] = get(entry, "bank_error")
+            rows[-1]["layer_error"] = get(entry, "layer_error")
     if not rows:
         return []
     columns = [
         Column("layer", "layer"),
         Column("step", "after step", left=True),
-        Column("bank", "bank", left=True),
-        Column("bank_error", "bank's output", scientific),
         Column("layer_error", "layer's output", scientific),
+        *(Column(bank, bank, scientific) for bank in banks),
     ]
     explanation = (
-        "Relative squared error on calibration inputs that each layer kept: of the bank's output "
-        "while its members still correspond to the original's, and of the whole layer's output. "
+        "Relative squared error on calibration inputs that each layer kept. Of the layer's output: "
+        "over the energy of all that the layer adds to what enters it, attention and shared "
+        "experts included. Of each bank's output, while its members still correspond to the "
+        "original's: over that output's energy. What a step notes of its own objective (below) may "
+        "be over the experts' output alone, and so be larger. "
         'The rows "as stored" include the rounding to the storage dtype.'
     )
-    return [explanation, _folded(Table(columns, rows))]
+    return [explanation, _folded(Table(columns, [*rows]))]
 
 
 def _banks(metrics: Metrics) -> Table:
@@ -309,8 +320,7 @@ def recipe_and_command(metrics: Metrics) -> list[str]:
         parts += ["The recipe:", fenced(str(recipe), "yaml")]
     command = metrics.get("command")
     if command:
-        line = command if isinstance(command, str) else " ".join(map(str, command))
-        parts += ["The command:", fenced(line, "bash")]
+        parts += ["The command:", fenced(published_command(str(command)), "bash")]
     return parts
 
 

@@ -18,7 +18,7 @@ class ExpertSkip(Term):
 
     A token's choices are ranked by their routing weights, ``w_1 ≥ w_2 ≥ ... ≥ w_k``. As many of
     them are skipped, the smallest first, as there are ranks j with ``w_j < ratio_j · w_1``; what is
-    left is scaled to the same sum of weights (NAEE, arXiv 2402.14800, 3.3, for k = 2). It stands in
+    left is scaled to the same sum of weights (NAEE, arXiv 2402.14800, for k = 2). It stands in
     the bank of down and serves no member, so a removed expert stays removed.
 
     Args:
