@@ -19,7 +19,7 @@ LINES = [
     {"recipe", "hookspecs", "registry", "sweep", "checkpoint", "data"},
     {"models", "statistics", "runtime"},
     {"linalg", "terms"},
-    {"errors", "files", "hook", "notes"},
+    {"dtypes", "errors", "files", "hook", "notes"},
 ]
 # What a plugin may build on.
 PUBLIC = {"decompose", "errors", "hookspecs", "linalg", "notes", "statistics", "terms"}

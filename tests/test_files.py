@@ -7,7 +7,9 @@ import os
 
 import pytest
 import torch
+from mctk.dtypes import DTYPES, torch_dtypes
 from mctk.files import file_digest, write_json, write_tensors, write_text
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -45,3 +47,31 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, f
         write_tensors(tmp_path / "b", {"x": torch.ones(2)})
     assert json.loads(path.read_text()) == 1
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_every_dtype_is_copied_bit_by_bit(tmp_path):
+    known = torch_dtypes()
+    sizes = {dtype.name: dtype.nbytes for dtype in DTYPES}
+    assert sizes == {name: dtype.itemsize for name, dtype in known.items()}
+    assert len(set(known.values())) == len(DTYPES) == 19
+    given = {
+        name: (torch.arange(6 * dtype.itemsize) % 2).to(torch.uint8).view(dtype).view(2, 3)
+        for name, dtype in known.items()
+    }
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in given.items()}
+    write_tensors(tmp_path / "a", empty, read=given.__getitem__)
+    with safe_open(str(tmp_path / "a"), framework="pt") as file:
+        for name, tensor in given.items():
+            piece = file.get_slice(name)
+            assert piece.get_dtype() == name and piece[...].dtype == tensor.dtype
+            assert torch.equal(piece[...].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "found", [torch.ones(2, 3, dtype=torch.int32), torch.ones(3, 2), torch.ones(7)]
+)
+def test_what_is_read_is_what_was_said(tmp_path, found):
+    empty = {"x": torch.empty(2, 3, device="meta")}
+    with pytest.raises(ValueError, match=r"tensor x was to be torch\.float32 \[2, 3\], and is "):
+        write_tensors(tmp_path / "a", empty, read=lambda name: found)
+    assert os.listdir(tmp_path) == []

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from mctk.checkpoint import open_source, read_header
-from mctk.errors import UserError
+from mctk.errors import CheckpointError, UserError
 
 from tests.families import tiny
 
@@ -46,6 +46,16 @@ def test_a_plan_downloads_no_weights(hub):
     assert [weights for _, _, weights in hub] == [False, True]
     assert planned.tensors == read.tensors and planned.files == read.files
     assert not list(Path(planned.path).glob("*.safetensors"))
+
+
+def test_a_type_that_cannot_be_read_is_refused_before_the_download(hub, monkeypatch):
+    tensors = {"a": SimpleNamespace(dtype="F4", shape=[2, 4])}
+    found = SimpleNamespace(files_metadata={"b.safetensors": SimpleNamespace(tensors=tensors)})
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "get_safetensors_metadata", lambda self, model, revision: found
+    )
+    with pytest.raises(CheckpointError, match=r"owner/name: b\.safetensors: tensor a .* type F4"):
+        open_source("owner/name", weights=False)
 
 
 def test_a_name_that_the_hub_does_not_have(monkeypatch):

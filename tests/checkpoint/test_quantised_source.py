@@ -105,6 +105,60 @@ def test_blocks_at_the_edges_are_cut(deepseek, tmp_path, block):
     assert torch.equal(streamed(path), streamed(plain))
 
 
+def said(path: Path, **changes: object) -> Path:
+    """Changes keys of quantization_config; "absent" removes one."""
+    settings = json.loads((path / "config.json").read_text())["quantization_config"] | changes
+    kept = {key: value for key, value in settings.items() if value != "absent"}
+    return change_config(path, quantization_config=kept)
+
+
+def add_blocks(path: Path, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """Adds a matrix "a.weight" in FP8; returns in bfloat16 what it stands for."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # Each row its own size: a row under another block's scale shows.
+    numbers, scales, meant = to_fp8(weight * torch.arange(1, shape[0] + 1)[:, None], block)
+    added = {"a.weight": numbers, "a.weight_scale_inv": scales}
+    save_file(load_file(path / FILE) | added, path / FILE)
+    return meant.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(192, 256), (256, 256), (200, 96)])
+def test_blocks_that_are_not_named_are_of_128(deepseek, tmp_path, shape):
+    """As for transformers; [192, 256] with [2, 2] scales is no 96 rows a scale."""
+    path = Path(shutil.copytree(deepseek, tmp_path / "fp8"))
+    store_fp8(path, (128, 128))
+    meant = add_blocks(path, shape, (128, 128))
+    assert torch.equal(read(said(path, weight_block_size="absent"))["a.weight"], meant)
+
+
+@pytest.mark.parametrize("named", [[128, 128], None, "absent"])
+@pytest.mark.parametrize("block", [(1, 32), (64, 64), (1, 96), (192, 1), (192, 96)])
+def test_scales_say_the_size_of_other_blocks(deepseek, tmp_path, block, named):
+    """One row, one column, all of them, or a power of two of which the last is whole."""
+    path = Path(shutil.copytree(deepseek, tmp_path / "fp8"))
+    store_fp8(path, (128, 128))
+    shape = (192, 128) if block == (64, 64) else (192, 96)
+    meant = add_blocks(path, shape, block)
+    assert torch.equal(read(said(path, weight_block_size=named))["a.weight"], meant)
+
+
+@pytest.mark.parametrize(
+    "shape, block, named",
+    [((480, 96), (96, 96), "absent"), ((192, 256), (96, 128), None), ((24, 8), (12, 4), [4, 4])],
+)
+def test_blocks_of_two_sizes_may_be_meant(deepseek, tmp_path, shape, block, named):
+    path = Path(shutil.copytree(deepseek, tmp_path / "fp8"))
+    store_fp8(path, (128, 128))
+    add_blocks(path, shape, block)
+    said(path, weight_block_size=named)
+    refused(path, FILE, "a.weight", f"{block[0]} × {block[1]}, or larger", "weight_block_size")
+
+
+@pytest.mark.parametrize("named", [128, [128], [0, 4], [4.0, 4], ["4", "4"], {}, [True, 4]])
+def test_a_block_that_is_none(fp8, named):
+    refused(said(fp8, weight_block_size=named), "config.json", f"weight_block_size is {named!r}")
+
+
 def test_mxfp4_is_what_it_was_made_to_be(gpt_oss, tmp_path):
     path, meant = gpt_oss
     found = read(path)

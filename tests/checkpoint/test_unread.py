@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from mctk.checkpoint import extra_layers, find_unread, predictor_keys, without_predictors
+import pytest
+from mctk.checkpoint import (
+    TensorInfo,
+    crowded,
+    extra_layers,
+    find_unread,
+    predictor_keys,
+    without_predictors,
+)
 
 PREDICTORS = (
     "model.layers.61.eh_proj.weight",  # DeepSeek-V3
@@ -21,6 +29,26 @@ def test_prediction_layers_lie_behind_the_others_or_have_a_name():
     assert set(found.names) == {*PREDICTORS, *OTHERS}
     assert found.routed and not find_unread(PREDICTORS[2:], 61).routed
     assert find_unread(["model.layers.61.eh_proj.weight"], 62).predictors == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "experts"),
+    [
+        ({"mtp.experts.0.up.weight": (3, 4), "mtp.experts.5.up.weight": (3, 4)}, 6),  # one by one
+        ({"mtp.mlp.experts.gate_up_proj": (6, 3, 4), "mtp.mlp.experts.scale": ()}, 6),  # fused
+    ],
+)
+def test_prediction_layers_are_crowded_by_more_experts_than_are_said(names, experts):
+    source = SimpleNamespace(tensors={n: TensorInfo(n, "", "F32", s) for n, s in names.items()})
+    unread = find_unread([*names, "junk"], 3)
+    assert crowded(source, unread, experts) == ()
+    assert crowded(source, unread, experts - 1) == unread.predictors
+
+
+def test_shared_experts_crowd_nothing():
+    names = {"mtp.shared_experts.5.up.weight": (7, 4), "mtp.norm.weight": (9,)}
+    source = SimpleNamespace(tensors={n: TensorInfo(n, "", "F32", s) for n, s in names.items()})
+    assert crowded(source, find_unread(names, 3), 0) == ()
 
 
 def test_the_configuration_says_of_none():

@@ -54,7 +54,8 @@ def compare(mixtral, tmp_path, cache):
         path.write_text(yaml.safe_dump(data, sort_keys=False))
         registry = load_plugins()
         loaded = load_comparison([path], registry=registry)
-        return run_comparison(loaded, registry, cache=cache, jobs=1)
+        words = ["mctk", "compare", str(path)]
+        return run_comparison(loaded, registry, cache=cache, jobs=1, command=words)
 
     return compare
 
@@ -90,7 +91,7 @@ def written(monkeypatch):
     return layers
 
 
-def test_a_comparison_from_start_to_end(compare, written, tmp_path, monkeypatch):
+def test_a_comparison_from_start_to_end(compare, written, mixtral, tmp_path, monkeypatch):
     found = compare([SVD, ROUND])
     assert found.finished and [row.status for row in found.rows] == ["ok", "ok"]
     assert len(written) == 2 * 3
@@ -121,7 +122,10 @@ def test_a_comparison_from_start_to_end(compare, written, tmp_path, monkeypatch)
     gate = json.loads((tmp_path / "out" / "rows" / svd.key / "metrics.json").read_text())["gate"]
     assert gate["streamed_equal"] is True and gate["fresh_process_equal"] is True
     for form in ("json", "md", "csv", "tex", "html", "yaml"):
-        assert (tmp_path / "out" / f"comparison.{form}").stat().st_size > 100
+        written_file = tmp_path / "out" / f"comparison.{form}"
+        assert written_file.stat().st_size > 100
+        for private in (mixtral.parent, tmp_path, TEXT) if form != "json" else ():
+            assert str(private) not in written_file.read_text(), (form, private)
     assert load(tmp_path / "out" / "comparison.json") == found
 
     # The same again computes nothing, and does not even get to where it would.

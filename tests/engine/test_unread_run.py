@@ -27,6 +27,7 @@ from tests.tiny_run import DEMO
 SVD = {"decompose": "svd", "targets": "experts.*", "size": {"keep": 0.7}}
 REMOVE = {"prune": "remove", "targets": ["experts.*"], "size": {"rank": 6}}
 COUNT = "num_nextn_predict_layers"
+ATTENTION = {"decompose": "svd", "targets": "attention.o", "size": {"rank": 8}}
 IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
@@ -62,9 +63,10 @@ def registry():
 
 @pytest.fixture
 def load(write_recipe, registry) -> Callable[..., Any]:
-    def load_one(model: Path, step: dict[str, Any], **keys: Any) -> Any:
-        keys = {"budget": None, "calibration": None, **keys}
-        return load_recipe(write_recipe(model=str(model), steps=[step], **keys), registry=registry)
+    def load_one(model: Path, *steps: dict[str, Any], **keys: Any) -> Any:
+        keys = {"budget": None, "calibration": None, **keys, "steps": list(steps)}
+        keys = {key: value for key, value in keys.items() if value is not ...}  # the default
+        return load_recipe(write_recipe(model=str(model), **keys), registry=registry)
 
     return load_one
 
@@ -154,6 +156,27 @@ def test_a_native_result_goes_without_prediction_layers_that_have_experts(source
     assert "left out, since their experts would be more" in line
 
 
+def test_so_does_a_result_of_terms_if_config_says_fewer_experts(source, go, tmp_path):
+    metrics = go(source, REMOVE, ATTENTION, gate=True)
+    assert metrics["output_kind"] == "mctk" and metrics["gate"]["fresh_process_equal"]
+    found = config(tmp_path / "out")
+    assert (found["n_routed_experts"], found[COUNT]) == (6, 0)
+    assert not mtp(tmp_path / "out")
+    assert metrics["sizes"]["planned"] == metrics["sizes"]["attained"]
+    [part] = metrics["unread"]["parts"]
+    assert not part["kept"] and metrics["unread"]["config"] == [COUNT]
+
+
+def test_they_are_kept_where_only_some_layers_lose_experts(source, go, tmp_path):
+    metrics = go(source, REMOVE | {"layers": "1"}, unread="keep")
+    assert metrics["output_kind"] == "mctk"
+    found = config(tmp_path / "out")
+    assert (found["n_routed_experts"], found[COUNT]) == (8, 1)
+    before, after = mtp(source), mtp(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert metrics["sizes"]["planned"] == metrics["sizes"]["attained"]
+
+
 def test_a_native_result_keeps_prediction_layers_without_experts(dense_source, go, tmp_path):
     metrics = go(dense_source, REMOVE)
     assert metrics["output_kind"] == "native" and config(tmp_path / "out")[COUNT] == 1
@@ -164,8 +187,64 @@ def test_a_native_result_keeps_prediction_layers_without_experts(dense_source, g
 def test_what_cannot_be_kept_is_refused_in_the_plan(source, dense_source, plan):
     with pytest.raises(RecipeError, match=r"unread: .*more of them than config\.json says"):
         plan(source, REMOVE, unread="keep")
-    assert plan(source, SVD, unread="keep").left_out("mctk") == ()
-    assert plan(dense_source, REMOVE, unread="keep").left_out("native") == ()
+    with pytest.raises(RecipeError, match=r"unread: .*more of them than config\.json says"):
+        plan(source, REMOVE, ATTENTION, unread="keep")
+    assert plan(source, SVD, unread="keep").left_out(None) == ()
+    assert plan(dense_source, REMOVE, unread="keep").left_out(6) == ()
+
+
+AUTO = {"prune": "remove", "targets": ["experts.*"], "size": "auto"}
+SOME = AUTO | {"prune": "remove_some"}
+MERGE = {"merge": "fisher", "options": {"bases": "auto"}, "targets": "experts.*"}
+BY_LOSS = {"budget": {"remove": 0.2, "of": "experts"}, "allocate": {"method": "by_loss"}}
+BUDGET = {"budget": {"remove": 0.2, "of": "experts"}}
+FOUR = {"rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("steps", "keys", "waits"),
+    [
+        ([AUTO, ATTENTION], BY_LOSS, "needs_curves"),
+        ([SOME], BY_LOSS, "needs_curves"),
+        ([MERGE, AUTO], BUDGET, "pending"),
+    ],
+)
+def test_what_data_may_forbid_to_keep_is_refused_in_the_plan(source, plan, steps, keys, waits):
+    """Else a run would find out at its end."""
+    keys = keys | {"calibration": ...}
+    assert getattr(plan(source, *steps, **keys), waits)
+    with pytest.raises(RecipeError, match=r"unread: .*more of them than config\.json says"):
+        plan(source, *steps, unread="keep", **keys)
+
+
+def lets_data_decide(monkeypatch, registry, stage: str, name: str) -> None:
+    method = registry.method(stage, name)
+    monkeypatch.setattr(method, "layout", lambda banks, size, options: None)
+
+
+@pytest.mark.parametrize("name", ["remove", "svd"])
+def test_so_is_what_a_layout_by_data_may_forbid(source, plan, monkeypatch, registry, name):
+    stage = "prune" if name == "remove" else "decompose"
+    lets_data_decide(monkeypatch, registry, stage, name)
+    made = plan(source, REMOVE, ATTENTION)
+    assert made.layout(made.solve()) is None
+    assert not describe(made)["unread"]["parts"][0]["kept"]
+    with pytest.raises(RecipeError, match=r"unread: .*more of them than config\.json says"):
+        plan(source, REMOVE, ATTENTION, unread="keep")
+
+
+def test_what_is_sure_to_fit_may_be_kept_though_data_decide(source, plan, monkeypatch, registry):
+    some = REMOVE | {"layers": "1"}
+    svd = ATTENTION | {"size": "auto"}
+    keys = {"budget": {"remove": 0.015, "of": "model"}, "allocate": {"method": "by_score"}}
+    keys |= {"calibration": ...}
+    assert plan(source, some, svd, unread="keep", **keys).needs_curves
+    lets_data_decide(monkeypatch, registry, "decompose", "svd")
+    for steps in ([ATTENTION], [some, ATTENTION], [some, REMOVE | {"layers": "2", "size": FOUR}]):
+        plan(source, *steps, unread="keep")
+
+
+FOUR = {"rank": 4}
 
 
 def test_a_plan_says_what_becomes_of_them(source, plan):
@@ -221,5 +300,8 @@ def test_tensors_of_another_kind_are_kept(source, go, tmp_path):
         "multi-token prediction",
         "other",
     ]
+    first, second = [w for w in metrics["warnings"] if "not read by transformers" in w]
+    assert "multi-token prediction" in first and first.endswith(f"; {COUNT} is set to 0")
+    assert "model.rotary.inv_freq" in second and COUNT not in second
     assert "model.rotary.inv_freq" in Source(tmp_path / "out").tensors
     assert not mtp(tmp_path / "out")

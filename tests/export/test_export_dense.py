@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,43 @@ def test_layers_for_multi_token_prediction(tmp_path):
     ]
     config = json.loads((tmp_path / "left" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
+
+
+def test_what_lies_outside_the_layers_is_copied_a_tensor_at_a_time(tmp_path, monkeypatch):
+    """Vision towers and prediction layers may together be larger than any layer."""
+    model = tiny("deepseek_v3")
+    path = "model.layers.0.self_attn.o_proj"
+    described = compress(model, {path: exact_terms(model.get_submodule(path))})
+    write_compressed(model, described, tmp_path / "small")
+    added = add_predictor(tmp_path / "small", len(model.model.layers))
+    alive: list[int] = []
+    slices = Source.slices
+
+    @contextlib.contextmanager
+    def watched(self, names, *given):
+        read: list[weakref.ref] = []
+
+        def watch(part):
+            class Watch:
+                def __getitem__(self, index):
+                    tensor = part[index]
+                    read.append(weakref.ref(tensor))
+                    alive.append(sum(ref() is not None for ref in read))
+                    return tensor
+
+            return Watch()
+
+        with slices(self, names, *given) as found:
+            outer = set(added) <= set(found)
+            yield {name: watch(part) for name, part in found.items()} if outer else found
+
+    monkeypatch.setattr(Source, "slices", watched)
+    export(tmp_path / "small", tmp_path / "dense")
+    assert len(alive) >= len(added) and max(alive) <= 2
+    monkeypatch.undo()
+    before = load_file(tmp_path / "small" / "model.safetensors")
+    with Source(tmp_path / "dense").slices(added) as after:
+        assert all(torch.equal(before[name], after[name][...]) for name in added)
 
 
 # What is refused, before any weight is read.

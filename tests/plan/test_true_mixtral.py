@@ -97,7 +97,7 @@ def test_mixtral_by_svd_llm(mixtral, registry, remove):
     original = described["sizes"]["original"]
     assert planned["active_parameters"] == original["active_parameters"] - gone // 4
     assert planned["macs_per_token"] == original["macs_per_token"] - gone // 4
-    # Hidden-side moments for all banks (DESIGN §7), float32, and each expert's token count.
+    # Hidden-side moments for all banks, float32, and each expert's token count.
     moment = 32 * 8 * (4096**2 * 4 + 8)
     statistics = {row["need"]: row["bytes"] for row in described["statistics"]}
     assert statistics["SecondMoment(experts.gate, input)"] == moment

@@ -247,6 +247,27 @@ def test_a_shared_mapping_keeps_what_was_written_last():
         mapping_after({"count": 3}, {}, "2.kv.", "Layer, layer 2")
 
 
+def test_a_layer_that_is_not_given_the_shared_mapping_leaves_it_alone():
+    def call(layers, x):
+        kv: dict = {}
+        x = layers[0](x)
+        return layers[2](layers[1](x, kv=kv), kv=kv)
+
+    model = _Odd(call)
+    wiring = trace_wiring(model, model.layers)
+    assert wiring.shared == {"kv"}
+    streamed = object.__new__(StreamedModel)
+    streamed.wiring, streamed.layers = wiring, model.layers
+    earlier = {"1.kv.full": torch.ones(2, 1)}
+    passed = Passed(torch.zeros(2, 3), earlier)
+    after = streamed.leave(0, passed, LayerCall((), {}), torch.zeros(2, 3))
+    assert after.more == earlier
+    streamed.answer(0, torch.zeros(2, 3), LayerCall((), {}), passed, 1)
+    call_of_one = LayerCall((), {"kv": {}})
+    streamed.answer(1, torch.zeros(2, 3), call_of_one, passed, 2)
+    assert call_of_one.kwargs["kv"].keys() == {"full"}
+
+
 def test_batches_are_split_and_joined_with_all_that_passes():
     passed = Passed(torch.randn(5, 3, 2), {"0.1": torch.arange(10).reshape(5, 2)})
     parts = passed.split([2, 3])

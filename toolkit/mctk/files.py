@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .dtypes import stored_name
+
 if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
-_SAFETENSORS_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -69,6 +66,9 @@ def write_tensors(
         read: Gives a tensor when its turn comes, so that they need not all be in memory; those of
             `tensors` are then on the meta device.
 
+    Raises:
+        ValueError: What `read` gives has not the dtype or shape that was said.
+
     The library's own writer aligns to 8. Processors multiply unaligned matrices by other kernels,
     with other last bits: a model mapped into memory from such a file would not give the logits
     that the same numbers gave elsewhere. Wide types come first, so that each tensor starts at a
@@ -83,7 +83,7 @@ def write_tensors(
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")],
+            "dtype": stored_name(tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -93,6 +93,10 @@ def write_tensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = tensors[name] if read is None else read(name)
+            # The header, with every tensor's place, is written already.
+            said, found = (f"{t.dtype} {list(t.shape)}" for t in (tensors[name], tensor))
+            if found != said:
+                raise ValueError(f"{path}: tensor {name} was to be {said}, and is {found}")
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(memoryview(flat.view(torch.uint8).numpy()))
 

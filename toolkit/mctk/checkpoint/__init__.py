@@ -19,6 +19,7 @@ from .quantised import Quantised
 from .source import Source, TensorInfo, read_header
 from .unread import (
     Unread,
+    crowded,
     extra_layers,
     find_unread,
     predictor_keys,
@@ -42,6 +43,7 @@ __all__ = [
     "check_tied",
     "compacted",
     "count",
+    "crowded",
     "empty",
     "expert_macs",
     "experts_per_token",

@@ -1,4 +1,4 @@
-"""What a model stores and computes, counted from headers and terms (DESIGN §8).
+"""What a model stores and computes, counted from headers and terms.
 
 Parameters are stored weight elements, tied tensors once; bytes are tensor payload, positions
 included; active parameters are those that one token passes through; multiply-adds are those of the

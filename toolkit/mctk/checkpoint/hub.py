@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError, brief
+from ..dtypes import DTYPE_BYTES
+from ..errors import CheckpointError, UserError, brief
 from .source import Source, TensorInfo
 
 TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
@@ -48,10 +49,20 @@ def open_source(model: str, revision: str | None = None, weights: bool = True) -
 
 
 def _headers(model: str, revision: str | None) -> dict[str, dict[str, TensorInfo]]:
-    """The headers of a hub model's weight files, fetched by ranges."""
+    """The headers of a hub model's weight files, fetched by ranges.
+
+    Raises:
+        CheckpointError: A tensor is of a type that cannot be read.
+    """
     from huggingface_hub import HfApi
 
     metadata = HfApi().get_safetensors_metadata(model, revision=revision)
+    for file, found in metadata.files_metadata.items():
+        for name, info in found.tensors.items():
+            if info.dtype not in DTYPE_BYTES:
+                raise CheckpointError(
+                    f"{model}: {file}: tensor {name} has unknown type {info.dtype}"
+                )
     return {
         file: {
             name: TensorInfo(name, file, info.dtype, tuple(info.shape))

@@ -7,8 +7,11 @@ dequantised when they are read, one tensor at a time; names and shapes follow fr
 - *FP8* (DeepSeek-V3 and others): `X.weight` in 8 bits and, for every block of it (128 × 128, say),
   a scale in `X.weight_scale_inv`. Blocks at the edges are cut where the block's size does not
   divide the matrix's, as that of DeepSeek-V3's `kv_a_proj_with_mqa` (576 rows) does not. (What
-  transformers 5.24 dequantises itself it divides evenly, and refuses where it cannot.) DeepSeek-V4
-  stores its experts two 4-bit numbers a byte under the same names; their scales say so.
+  transformers 5.24 dequantises itself it divides evenly, and refuses where it cannot.) A block that
+  config.json does not name is its default's, 128 × 128. DeepSeek-V4 stores its experts two 4-bit
+  numbers a byte under the same names, in other blocks: what config.json names does not fit them,
+  and their scales say the size. They can where it is a power of two, as blocks' sizes are: between
+  `size / count` and `size / (count - 1)` lies one at most.
 - *MXFP4* (gpt-oss): `X_blocks [E, out, G, 16]`, two numbers a byte, and for each block of 32 an
   exponent in `X_scales [E, out, G]`; they stand for `X [E, in, out]`, in = 32 G.
 """
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import stored_name, torch_dtypes
 from ..errors import CheckpointError
 from ..models import SETTINGS, quantisation, text_part
 
@@ -39,9 +43,10 @@ OF_INPUTS = (
     "{stem}.input_scale",
     "{stem}.qscale_act",
 )
+DEFAULT_BLOCK = (128, 128)  # where config.json names none: transformers' FineGrainedFP8Config
 # The values of four bits: a sign, two of exponent, one of mantissa (E2M1).
 FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SHOWN = ("bfloat16", "float16", "float32")  # the dtypes to dequantise into, by torch's names
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,9 @@ class Packed:
             slices: The stored tensors, as `Source.slices` opens them.
             device: Where to compute; by default on the CPU.
         """
-        import torch
-
         values = slices[self.values][...].to(device)
         scales = slices[self.scales][...].to(device)
-        dtype = {v: getattr(torch, k) for k, v in DTYPES.items()}[self.info.dtype]
+        dtype = torch_dtypes()[self.info.dtype]
         if self.block is None:
             return from_mxfp4(values, scales, dtype)
         return from_blocks(values, scales, self.block, dtype, self.halves)
@@ -138,7 +141,7 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     """The floating-point dtype that config.json names, if it is one to compute in."""
     for part in (config, text_part(config)):
         for key in ("dtype", "torch_dtype"):
-            if part.get(key) in DTYPES:
+            if part.get(key) in SHOWN:
                 return part[key]
     return None
 
@@ -165,7 +168,7 @@ def find_quantised(
         return None
     key, method, settings = said
     dtype = _dtype(config) or "bfloat16"
-    packed = dict(READERS[method](path, tensors, settings, DTYPES[dtype]))
+    packed = dict(READERS[method](path, tensors, settings, stored_name(dtype)))
     if not packed:
         raise CheckpointError(
             f"{path / 'config.json'}: {key} says {method!r}, but no tensor is stored that way; if "
@@ -180,8 +183,7 @@ def _fp8(
     """The weights of a checkpoint in FP8."""
     from .source import TensorInfo
 
-    declared = settings.get("weight_block_size")
-    block = tuple(declared) if isinstance(declared, list) and len(declared) == 2 else None
+    block = _declared(path, settings)
     for name, info in tensors.items():
         places = {"name": name, "stem": name.removesuffix(".weight")}
         forms = SCALES if name.endswith(".weight") else SCALES[:1]
@@ -207,11 +209,32 @@ def _fp8(
         )
 
 
+def _declared(path: Path, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale by config.json; None where it says that all do (null).
+
+    Raises:
+        CheckpointError: It says neither.
+    """
+    said = settings.get("weight_block_size", DEFAULT_BLOCK)
+    if said is None:
+        return None
+    if not (
+        isinstance(said, list | tuple)
+        and len(said) == 2
+        and all(type(size) is int and size > 0 for size in said)
+    ):
+        raise CheckpointError(
+            f"{path / 'config.json'}: weight_block_size is {said!r}; write the rows and columns "
+            "that share a scale, such as [128, 128]"
+        )
+    return said[0], said[1]
+
+
 def _block(
     where: str,
     shape: tuple[int, ...],
     scales: TensorInfo,
-    declared: tuple[int, ...] | None,
+    declared: tuple[int, int] | None,
 ) -> tuple[int, int]:
     """How many rows and columns of a weight share a scale.
 
@@ -220,29 +243,36 @@ def _block(
         shape: Its shape [..., rows, columns].
         scales: Its scales: one, or [..., rows of blocks, columns of blocks].
         declared: What config.json says; the experts of a checkpoint may differ.
+
+    Raises:
+        CheckpointError: The scales fit no blocks, or blocks of more than one size.
     """
     if scales.numel == 1:
         return shape[-2], shape[-1]
     grid = scales.shape
+    words = f"{where} has shape {list(shape)}, and its scales {scales.name} have {list(grid)}"
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
-        fits: list[int] = []
-    elif declared and all(
+        raise CheckpointError(f"{words}: no blocks of equal size")
+    axes = list(zip(shape[-2:], grid[-2:], strict=True))
+    if declared and all(
         math.ceil(size / block) == count
-        for size, block, count in zip(shape[-2:], declared, grid[-2:], strict=True)
+        for (size, count), block in zip(axes, declared, strict=True)
     ):
-        fits = list(declared)
-    else:
-        fits = [
-            size // count
-            for size, count in zip(shape[-2:], grid[-2:], strict=True)
-            if count and size % count == 0
-        ]
-    if len(fits) < 2:
+        return declared
+    if any(count == 0 or size % count for size, count in axes):
+        raise CheckpointError(f"{words}: no blocks of equal size")
+    rows, columns = (size // count for size, count in axes)
+    # One scale along an axis is of the whole of it, whatever the block's size.
+    if any(
+        count > 1 and block & (block - 1)
+        for (_, count), block in zip(axes, (rows, columns), strict=True)
+    ):
         raise CheckpointError(
-            f"{where} has shape {list(shape)}, and its scales {scales.name} have {list(grid)}: "
-            "no blocks of equal size"
+            f"{words}: blocks of {rows} × {columns}, or larger ones of which the last are cut? "
+            "Write their rows and columns as weight_block_size into config.json's "
+            "quantization_config"
         )
-    return fits[0], fits[1]
+    return rows, columns
 
 
 def _mxfp4(

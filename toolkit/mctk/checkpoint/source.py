@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import DTYPE_BYTES
 from ..errors import CheckpointError
 from .quantised import LazyWeight, Quantised, find_quantised, unquantised
 
@@ -28,13 +29,9 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library itself refuses beyond
-# Bytes per element by safetensors' names; sub-byte types do not occur in model weights as such.
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
 SETTLED = 2_000_000_000  # nanoseconds; more than any file system's clock tick
-FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+# Of whose elements each is a parameter: scales (F8_E8M0) are none.
+FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .source import Source
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _NAMED = re.compile(r"(?:^|\.)(?:mtp|nextn)")
 # What configurations call the number of prediction layers.
 _COUNT = re.compile(r"num_nextn_predict_layers|(num_)?mtp_(num_)?(hidden_)?(layers|modules)")
@@ -64,6 +65,24 @@ def find_unread(names: Iterable[str], layers: int) -> Unread:
         behind = match is not None and int(match[1]) >= layers
         (predictors if behind or _NAMED.search(name) else others).append(name)
     return Unread(tuple(predictors), tuple(others))
+
+
+def crowded(source: Source, unread: Unread, experts: int) -> tuple[str, ...]:
+    """The tensors of the prediction layers, if those have more experts than config.json says.
+
+    Args:
+        source: The checkpoint that has them.
+        unread: Its unread tensors.
+        experts: How many experts config.json says of every layer.
+    """
+    theirs = 0
+    for name in unread.predictors:
+        match = _EXPERT.search(name)
+        if match is not None:
+            theirs = max(theirs, int(match[1]) + 1)
+        elif "experts" in name.split("."):
+            theirs = max((theirs, *source.tensors[name].shape[:1]))
+    return unread.predictors if theirs > experts else ()
 
 
 def extra_layers(

@@ -201,7 +201,7 @@ def _edge(points: Sequence[Point]) -> list[Point]:
 
 def _rounds(point: Point) -> bool:
     row = point.entry.row
-    return is_composed(row) or family_of(row) == "quantize"
+    return is_composed(row) or family_of(row) == ROUNDING
 
 
 def _named(point: Point, lines: dict[str, list[Point]]) -> bool:

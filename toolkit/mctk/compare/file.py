@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, UserError
+from ..hookspecs import STAGES
 from ..recipe import Recipe, load_recipe
 from ..recipe.load import check_keys, validate
 from ..recipe.source import AssembledSource, KeyPath, Part, RecipeSource
@@ -102,9 +103,9 @@ class LoadedComparison:
         """The comparison's budgets."""
         return self.settings.budgets.each if self.settings.budgets else []
 
-    def yaml(self) -> str:
-        """The file as written, with the command line's changes."""
-        return self._source.yaml()
+    def published(self) -> str:
+        """The file with the command line's changes, for others to read: no private paths."""
+        return self._source.published()
 
     def row(self, index: int, budget: Budget | None, seed: int) -> RowSpec:
         """A row's recipe at a budget.
@@ -342,7 +343,7 @@ def _definition(sources: list[RecipeSource]) -> dict[str, Any]:
 
 def _methods(steps: Any) -> list[str]:
     """Names of the steps' methods, as far as they are written well."""
-    keys = ("merge", "decompose", "prune", "compensate", "quantize", "distill")
+    keys = [stage for stage in STAGES if stage != "allocate"]
     listed = steps if isinstance(steps, list) else []
     named = [step for step in listed if isinstance(step, dict)]
     return [str(step[key]) for step in named for key in keys if key in step]

@@ -135,7 +135,7 @@ def _board(comparison: Comparison, groups: Sequence[Group], fields: Sequence[Fie
             f"<span>{escape(group.title)}</span></th></tr>"
         ]
         for place, entry in enumerate(ordered(comparison, group)):
-            name = _name(comparison, group, entry, edge, f"row-{number}-{place}", known)
+            name = _name(group, entry, edge, f"row-{number}-{place}", known)
             cells = cells_of(comparison, fields, entry, best)
             lines.append(_line(group, entry, name, place, fields, cells))
         bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
@@ -174,9 +174,7 @@ def _top(comparison: Comparison, fields: Sequence[Field]) -> str:
     return "<tbody>" + "".join(rows) + "</tbody>"
 
 
-def _name(
-    comparison: Comparison, group: Group, entry: Entry, edge: set[str], anchor: str, known: Looks
-) -> str:
+def _name(group: Group, entry: Entry, edge: set[str], anchor: str, known: Looks) -> str:
     row = entry.row
     look = known.of(row)
     fill = "#fff" if is_composed(row) else look.colour

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -96,7 +97,7 @@ def _facts(row: Row) -> str:
     if row.output_kind:
         facts.append(("output", row.output_kind))
     if row.path:
-        facts.append(("directory", row.path))
+        facts.append(("directory", f"rows/{Path(row.path).name}"))
     if row.fingerprint:
         facts.append(("fingerprint", row.fingerprint[:16]))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)

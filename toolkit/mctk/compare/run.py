@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluate.loading import versions
 from ..files import write_text
+from ..recipe import published_command
 from .file import LoadedComparison, RowSpec
 from .identity import Inputs, evaluation_identity, find_inputs, row_identity, row_key
 from .result import SCHEMA, Comparison, Flag, Original, Row, from_json, save, to_json
@@ -143,7 +144,7 @@ class Session:
             "calls": self.store.memory.get("calls"),
             "structure": self.structure,
             "versions": _versions(self.original),
-            "source": self.loaded.yaml(),
+            "source": self.loaded.published(),
             "finished": not any(row.status == "pending" for row in rows),
         }
         return dataclasses.replace(from_json(data), rows=rows)
@@ -185,7 +186,7 @@ def run_comparison(
             from .work import work
 
             made = {
-                "command": shlex.join(command) if command else None,
+                "command": published_command(shlex.join(command)) if command else None,
                 "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             try:
@@ -226,7 +227,7 @@ def _save(session: Session) -> Comparison | None:
     if not session.store.holds(to_json(found)):
         from .publish import publish
 
-        write_text(output / "comparison.yaml", session.loaded.yaml())
+        write_text(output / "comparison.yaml", session.loaded.published())
         publish(found, output)
         save(found, output / FILE)  # last: if it is there, so are the others
     return found

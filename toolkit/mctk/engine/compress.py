@@ -197,13 +197,16 @@ def compress(
             working = [run for run in alive(runs) if starts[id(run)] <= index]
             if not working:
                 continue
-            room = room_for_directions(model.device) if len(working) > 1 else 0
-            with model.layer(index) as module, remembered(room):
+            several = len(working) > 1  # a lone run cuts each matrix once
+            with (
+                model.layer(index) as module,
+                remembered(room_for_directions(module, model.device, 2) if several else 0),
+            ):
                 sites = working[0].plan.sites[index]
                 layer = LiveLayer(model, index, module, sites, sample)
                 reference = stream.visit(index, module, sites) if stream is not None else None
                 for done, run in enumerate(working):
-                    if len(working) > 1:
+                    if several:
                         reporter.progress(f"layer {index}, {run.output.name}", done, len(working))
                     with run.fate.own():
                         found = _layer(run, layer, reference)
@@ -219,9 +222,14 @@ def compress(
             reporter.step(f"layer {index} in {elapsed:.1f} s{_span(errors)}")
 
 
-def room_for_directions(device: torch.device) -> int:
-    """Bytes that decompositions may hold while a layer is in memory, to be found again."""
-    return int(DIRECTIONS_SHARE * free_memory(str(device)))
+def room_for_directions(layer: nn.Module, device: torch.device, runs: int) -> int:
+    """Bytes that decompositions may hold while a layer is in memory, to be found again.
+
+    However much is free, a lone run takes as much as the layer in float64, which plans count; there
+    each bank is done with before the next. A set takes as much again.
+    """
+    weights = 8 * sum(parameter.numel() for parameter in layer.parameters())
+    return min(min(runs, 2) * weights, int(DIRECTIONS_SHARE * free_memory(str(device))))
 
 
 def _span(errors: list[tuple[float, str]]) -> str:

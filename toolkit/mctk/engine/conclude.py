@@ -23,6 +23,7 @@ from ..plan import (
     byte_warnings,
     count_model,
     quantised_record,
+    uniform,
     unread_record,
     unread_warnings,
 )
@@ -31,6 +32,7 @@ from ..report import render_card, render_report
 from .compress import Run, size_from_record
 from .memory import peak_device_bytes, peak_process_bytes
 from .progress import Reporter
+from .shards import experts_kept
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -58,7 +60,7 @@ def conclude(
         reporter.say(f"{run.output} is finished already")
         return json.loads(path.read_text())
     evaluation = _evaluate(run, directory, fingerprint, reporter) if section else {}
-    metrics = _metrics(run, evaluation, reporter, started, command)
+    metrics = _metrics(run, evaluation, started, command)
     for columns in registry.hook.table_columns(run=run):
         metrics["columns"] |= columns
     write_reports(run.output, metrics)
@@ -153,7 +155,6 @@ def evaluate_original(
 def _metrics(
     run: Run,
     evaluation: dict[str, Any],
-    reporter: Reporter,
     started: float,
     command: Sequence[str] | None,
 ) -> dict[str, Any]:
@@ -162,19 +163,20 @@ def _metrics(
     recipe, model = plan.recipe, plan.model
     changed = plan.layout(run.sizes or size_from_record(manifest["sizes"]))
     kind = manifest.get("output_kind", "mctk")
-    planned = None if changed is None else count_model(model, changed, plan.left_out(kind))
+    said = uniform(plan, experts_kept(manifest["layers"]))
+    planned = None if changed is None else count_model(model, changed, plan.left_out(said))
     layers = [
         {"layer": int(index), **{k: v for k, v in record.items() if k not in ("modules", "sha256")}}
         for index, record in sorted(manifest["layers"].items(), key=lambda item: int(item[0]))
     ]
     warnings = [
         *plan.warnings,
-        *unread_warnings(plan, kind),
+        *unread_warnings(plan, said),
         *byte_warnings(plan, manifest["attained"]["bytes"]),
     ]
     budget = None
     if plan.allowed is not None and recipe.budget is not None:
-        attained = plan.attained(manifest["attained"], kind)
+        attained = plan.attained(manifest["attained"], said)
         short = (plan.allowed - attained) / plan.scope
         way = "keep" if recipe.budget.keep is not None else "remove"
         share = recipe.budget.keep or recipe.budget.remove or 0.0
@@ -221,7 +223,7 @@ def _metrics(
         },
         "output_kind": kind,
         "quantised_source": quantised_record(plan),
-        "unread": unread_record(plan, kind),
+        "unread": unread_record(plan, said),
         "calibration": calibration,
         "sizes": {
             "original": plan.original.as_dict(),

@@ -62,7 +62,10 @@ def measure_curves(
     with reporter.phase("size curves", len(layers)):
         for layer in layers:
             working = [run for run in alive(runs) if (id(run), layer) in asked]
-            with model.layer(layer) as module, remembered(room_for_directions(model.device)):
+            with (
+                model.layer(layer) as module,
+                remembered(room_for_directions(module, model.device, len(working))),
+            ):
                 live = LiveLayer(model, layer, module, runs[0].plan.sites[layer], sample)
                 for run in working:
                     with run.fate.own():

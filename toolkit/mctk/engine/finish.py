@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..files import write_text
-from ..plan import count_model
+from ..plan import count_model, uniform
 from ..runtime import meta_tensors
 from ..terms import Bank, Term, compact
 from .compress import Run, Sample
 from .gate import GateError, check_fresh_process, check_sizes, check_streamed
 from .probe import keep_probe
 from .progress import Reporter
-from .shards import copy_companions, write_config, write_index, write_outer, written_kind
+from .shards import (
+    copy_companions,
+    experts_kept,
+    write_config,
+    write_index,
+    write_outer,
+    written_kind,
+)
 
 
 def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bool) -> None:
@@ -31,10 +39,11 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
     layers = workspace.manifest["layers"]
     records = [layers[str(index)] for index in range(len(model.layers))]
     modules = {path: spec for record in records for path, spec in record["modules"].items()}
-    left = {i: len(record["kept"]) for i, record in enumerate(records) if record.get("kept")}
+    left = experts_kept(layers)
+    gone = plan.left_out(uniform(plan, left))
     kind = written_kind(plan, modules, left)
     if workspace.outer() is None:
-        workspace.add_outer(write_outer(plan, run.output, kind))
+        workspace.add_outer(write_outer(plan, run.output, left))
     files = [workspace.manifest["outer"]["file"], *(record["file"] for record in records)]
     parameters, nbytes = write_index(run.output, files, modules)
     steps = [f"{s.stage}/{s.method.name} v{s.method.version}" for s in plan.recipe.steps]
@@ -50,7 +59,7 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
     gate: dict[str, Any] = {"tensors_changed": changed, "tensors_total": total}
     terms = plan.layout(run.sizes)
     if terms is not None:
-        check_sizes(count_model(model, terms, plan.left_out(kind)), parameters, nbytes)
+        check_sizes(count_model(model, terms, gone), parameters, nbytes)
     gate["sizes_equal"] = True
     if plan.recipe.gate:
         name = run.output.name
@@ -74,7 +83,7 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
                 gate["fresh_process_equal"] = None
                 reporter.step(f"{equal}; from_pretrained is left to the evaluation's process")
     workspace.manifest["gate"] = gate
-    workspace.manifest["attained"] = _attained(run, kind, parameters, nbytes)
+    workspace.manifest["attained"] = _attained(run, gone, parameters, nbytes)
     workspace.manifest["finished"] = True
     workspace.manifest["seconds"] = {k: round(v, 3) for k, v in reporter.seconds.items()}
     workspace.save()
@@ -92,10 +101,10 @@ def _providers(modules: dict[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def _attained(run: Run, kind: str, parameters: int, nbytes: int) -> dict[str, int]:
+def _attained(run: Run, gone: Collection[str], parameters: int, nbytes: int) -> dict[str, int]:
     """The result's sizes: stored ones from the files, active ones from the terms in them."""
     changed = terms_of(run)
-    sizes = count_model(run.plan.model, changed, run.plan.left_out(kind)).as_dict()
+    sizes = count_model(run.plan.model, changed, gone).as_dict()
     return {**sizes, "parameters": parameters, "bytes": nbytes}
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import find_router, keeps_form, module_specs, module_tensors, neighbours, own_tensors
-from ..plan import config_without, layer_shares, only_prunes
+from ..plan import config_without, layer_shares, only_prunes, uniform
 from ..runtime import checkpoint_config, resized_entry, tensor_elements
 from ..terms import Bank, PackedTensor, Term, compact, packed_bits, removed_members
 
@@ -218,33 +218,46 @@ def _rest(
     return tensor.to(dtype) if share.of_experts and dtype is not None else tensor
 
 
-def write_outer(plan: Plan, output: Path, kind: str) -> dict[str, Any]:
-    """Writes the shard of everything outside the layers, copied bit by bit, one after the other.
+def copy_tensors(source: Source, names: Iterable[str], path: Path) -> None:
+    """Writes a file of some of a source's tensors, copied bit by bit, one after the other.
 
-    Vision towers and tensors that transformers does not read may be larger than any layer. What the
-    source stores quantised is dequantised.
+    Embeddings, vision towers and tensors that transformers does not read may together be larger
+    than any layer. What the source stores quantised is dequantised.
+
+    Args:
+        source: Where they are.
+        names: The tensors.
+        path: The file.
+    """
+    infos = [source.tensors[name] for name in names]
+    empty = {
+        info.name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
+        for info in infos
+    }
+    with source.slices(empty) as slices:
+        write_tensors(path, empty, read=lambda name: slices[name][...])
+
+
+def write_outer(plan: Plan, output: Path, left: Mapping[int, int]) -> dict[str, Any]:
+    """Writes the shard of everything outside the layers.
 
     Args:
         plan: The run's plan.
         output: The checkpoint's directory.
-        kind: The kind of output, on which it depends what becomes of unread tensors.
+        left: How many experts each layer keeps, of the layers that have lost some: on what
+            config.json says of them depends what becomes of unread tensors.
 
     Returns:
         The record: file, how many tensors it has.
     """
-    gone = set(plan.left_out(kind))
-    model, infos = plan.model, plan.source.tensors
+    gone = set(plan.left_out(uniform(plan, left)))
+    model = plan.model
     inside = {name for names in model.layer_tensors for name in names}
     side = [name for name in model.side_tensors if name not in inside]
     unread = [name for name in plan.unread.names if name not in gone]
     names = [*model.outer_tensors, *side, *unread]
     file = shard_name(-1, len(model.layers))
-    empty = {
-        n: torch.empty(infos[n].shape, dtype=TORCH_DTYPES[infos[n].dtype], device="meta")
-        for n in names
-    }
-    with plan.source.slices(names) as slices:
-        write_tensors(output / file, empty, read=lambda name: slices[name][...])
+    copy_tensors(plan.source, names, output / file)
     return {"file": file, "copied": len(names)}
 
 
@@ -269,6 +282,16 @@ def write_index(output: Path, files: Iterable[str], modules: Mapping[str, Any]) 
             parameters += elements.get(name, info.numel if info.dtype in FLOATING else 0)
     write_json(output / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
     return parameters, nbytes
+
+
+def experts_kept(layers: Mapping[str, Mapping[str, Any]]) -> dict[int, int]:
+    """How many experts each layer keeps, of the layers that have lost some.
+
+    Args:
+        layers: The layers' records by number, as the manifest has them.
+    """
+    numbers = sorted(int(number) for number, record in layers.items() if record.get("kept"))
+    return {number: len(layers[str(number)]["kept"]) for number in numbers}
 
 
 def written_kind(plan: Plan, modules: Mapping[str, Any], left: Mapping[int, int]) -> str:
@@ -317,7 +340,7 @@ def write_config(
     if plan.recipe.storage_dtype != "auto":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = plan.recipe.storage_dtype
-    gone = set(plan.left_out(written_kind(plan, modules, left)))
+    gone = set(plan.left_out(uniform(plan, left)))
     if plan.unread.predictors and gone.issuperset(plan.unread.predictors):
         config = without_predictors(config)
     if modules or experts:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Source, TensorInfo, find_unread, map_weights, without_predictors
+from ..checkpoint import (
+    Source,
+    TensorInfo,
+    crowded,
+    find_unread,
+    map_weights,
+    without_predictors,
+)
 from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import CheckpointError, UserError, brief
 from ..models import BankSite, bank_sites, build, own_tensors
@@ -174,11 +181,11 @@ def lay_out(
     inside = {name for names in model.layer_tensors for name in names}
     outer = [name for name in source.tensors if name not in inside]
     settings = _config(source, dtype)
-    crowded = _crowded_predictors(model)
-    if crowded:
-        outer = [name for name in outer if name not in crowded]
+    predictors = _crowded_predictors(model)
+    if predictors:
+        outer = [name for name in outer if name not in predictors]
         settings = without_predictors(settings)
-    said = merged(notes, len(layers)) + ([PREDICTORS] if crowded else [])
+    said = merged(notes, len(layers)) + ([PREDICTORS] if predictors else [])
     layout = Layout(model, dense, layers, outer, settings, said)
     _check_names(layout, whole=not constants)
     return layout
@@ -304,21 +311,14 @@ def _crowded_predictors(model: StreamedModel) -> tuple[str, ...]:
     They are built with the number that config.json has for all; where experts were removed from the
     other layers, theirs are as many as before.
     """
-    unread = find_unread(model.weights.unread, len(model.layers))
     counts = [
         site.shape.members
         for layer in model.layers
         for site in bank_sites(layer).values()
         if site.part == "down"
     ]
-    theirs = 0
-    for name in unread.predictors if unread.routed else ():
-        match = ONE_EXPERT.match(name)
-        if match is not None:
-            theirs = max(theirs, int(match[2]) + 1)
-        elif "experts" in name.split("."):
-            theirs = max(theirs, *model.source.tensors[name].shape[:1])
-    return unread.predictors if counts and theirs > max(counts) else ()
+    unread = find_unread(model.weights.unread, len(model.layers))
+    return crowded(model.source, unread, max(counts)) if counts else ()
 
 
 def _config(source: Source, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..engine.shards import copy_companions, shard_name, write_index
+from ..engine.shards import copy_companions, copy_tensors, shard_name, write_index
 from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import bank_sites, read_banks, write_banks
@@ -68,8 +68,7 @@ def write_model(layout: Layout, place: Path, progress: Callable[[int, int], None
     """
     count = len(layout.layers)
     files = [shard_name(-1, count)]
-    with layout.model.source.slices(layout.outer) as slices:
-        write_tensors(place / files[0], {name: slices[name][...] for name in layout.outer})
+    copy_tensors(layout.model.source, layout.outer, place / files[0])
     for index, layer in enumerate(layout.layers):
         files.append(shard_name(index, count))
         write_tensors(place / files[-1], layer_tensors(layout, index, layer))

@@ -32,6 +32,11 @@ class _Entry:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.of, *self.found))
 
+    def alone(self) -> _Entry:
+        """The same without the larger tensors that some are views of, which would live as long."""
+        spectrum, vectors = self.found
+        return _Entry(tuple(map(_alone, self.of)), (_alone(spectrum), _alone(vectors)))
+
 
 class Known:
     """Directions by what they are of; the ones that were not used for longest go first.
@@ -65,6 +70,7 @@ class Known:
             return entry.found
         entry = _Entry(of, compute())
         if entry.nbytes <= self.limit:
+            entry = entry.alone()
             self._drop(key)
             self._entries[key] = entry
             self.held += entry.nbytes
@@ -76,6 +82,11 @@ class Known:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.held -= entry.nbytes
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that holds nothing but itself."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 _KNOWN: ContextVar[Known | None] = ContextVar("mctk_known_directions", default=None)

@@ -14,6 +14,7 @@ from .removal import (
     layer_shares,
     only_prunes,
     output_kind,
+    uniform,
 )
 from .side import side_sizes
 from .texts import count_windows
@@ -39,6 +40,7 @@ __all__ = [
     "quantised_record",
     "resources",
     "side_sizes",
+    "uniform",
     "unread_record",
     "unread_warnings",
 ]

@@ -48,7 +48,7 @@ def set_budget(plan: Plan) -> None:
         changed = plan.layout(fixed)
         if changed is None:
             raise DataDecide
-        rest = plan.in_scope(fixed, changed)
+        rest = plan.in_scope(changed)
         found = [
             _curve(plan, fixed, number, layer, names, in_bytes)
             for number in auto

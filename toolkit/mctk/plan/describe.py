@@ -13,7 +13,7 @@ from .counting import count_model
 from .layout import DataDecide, MetaTerms, lay_out_layer
 from .plan import Plan, Size
 from .quantised import byte_warnings, quantised_record
-from .removal import output_kind
+from .removal import foreseen, output_kind
 from .side import side_sizes
 from .texts import check_calibration, check_evaluation
 from .unread import beside, unread_record, unread_warnings
@@ -30,12 +30,13 @@ def describe(plan: Plan) -> dict[str, Any]:
     sizes = None if plan.needs_curves or plan.pending else plan.solve()
     changed = None if sizes is None else plan.layout(sizes)
     kind = _kind(plan, sizes, changed)
-    predicted = None if changed is None else count_model(model, changed, plan.left_out(kind))
+    experts = foreseen(plan, sizes) if changed is None else plan.said(changed)
+    predicted = None if changed is None else plan.count(changed)
     bounded = at_most(changed) if changed is not None else []
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
     bound = None
     if predicted is None and plan.allowed is not None and recipe.budget is not None:
-        most = plan.allowed + beside(plan, kind)
+        most = plan.allowed + beside(plan, experts)
         least = most - int(TOLERANCE * plan.scope)
         bound = {"unit": recipe.budget.unit, "most": most, "least": least}
     needs = [need for layer in plan.needs.values() for need in layer]
@@ -54,7 +55,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "output": {"path": str(recipe.output), "kind": kind},
         "quantised_source": quantised_record(plan),
-        "unread": unread_record(plan, kind),
+        "unread": unread_record(plan, experts),
         "steps": [_step(plan, number) for number in range(len(recipe.steps))],
         "allocate": recipe.allocate.method.name if recipe.allocate else None,
         "sizes": {
@@ -77,7 +78,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "warnings": [
             *plan.warnings,
             *_grown(layers),
-            *unread_warnings(plan, kind),
+            *unread_warnings(plan, experts),
             *byte_warnings(plan, predicted.bytes if predicted else None),
         ],
     }
@@ -214,8 +215,8 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
     """Estimates in bytes: peak memory, and disk for output, statistics and temporary files.
 
     Memory counts what scales with the model and the calibration set: a layer twice (as read and as
-    converted), embeddings and head, hidden states going in and out, the layer's statistics, and
-    float64 workspace for the largest decomposition.
+    converted), embeddings and head, hidden states going in and out, the layer's statistics,
+    float64 workspace for the largest decomposition, and directions that are kept to be cut again.
     """
     recipe, model = plan.recipe, plan.model
     itemsize = model.dtype.itemsize
@@ -260,7 +261,10 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
             4 * sum(sites[name].shape.parameters for name in plan.targets[0].get(layer, []))
             for layer, sites in enumerate(plan.sites)
         )
-    work = max(in_layer) + split + workspace
+    # A lone run's directions, found for size curves and for factors (engine/compress.py).
+    traded = recipe.allocate is not None and recipe.allocate.method.needs_curves
+    found = max(8 * loaded(names) // itemsize for names in model.layer_tensors)
+    work = max(in_layer) + split + workspace + (found if traded else 0)
     peak = 2 * layer_bytes + loaded(model.outer_tensors) + 2 * hidden + work
     return {
         "peak_memory": peak,

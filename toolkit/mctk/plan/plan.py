@@ -48,9 +48,9 @@ from .layout import (
     with_neighbours,
 )
 from .needs import find_needs, find_targets
-from .removal import check_removal, output_kind
+from .removal import check_removal, experts_left, uniform
 from .stated import stated
-from .unread import beside, unread_left_out
+from .unread import beside, check_unread, unread_left_out
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -252,30 +252,33 @@ class Plan:
     def predict(self, sizes: Size) -> ModelSizes | None:
         """The result's sizes; None if data decide them."""
         changed = self.layout(sizes)
-        return None if changed is None else self.count(sizes, changed)
+        return None if changed is None else self.count(changed)
 
-    def count(self, sizes: Size, changed: MetaTerms) -> ModelSizes:
+    def count(self, changed: MetaTerms) -> ModelSizes:
         """The sizes of a result with these terms."""
-        return count_model(self.model, changed, self.left_out(output_kind(self, sizes, changed)))
+        return count_model(self.model, changed, self.left_out(self.said(changed)))
 
-    def left_out(self, kind: str) -> tuple[str, ...]:
-        """The unread tensors that a result of some form does not get."""
-        return unread_left_out(self, kind)
+    def said(self, changed: MetaTerms) -> int | None:
+        """How many experts the config.json of a result with these terms says, if fewer."""
+        return uniform(self, experts_left(self, changed))
 
-    def attained(self, sizes: Mapping[str, int], kind: str = "mctk") -> int:
+    def left_out(self, experts: int | None) -> tuple[str, ...]:
+        """The unread tensors that a result does not get whose config.json says so many experts."""
+        return unread_left_out(self, experts)
+
+    def attained(self, sizes: Mapping[str, int], experts: int | None = None) -> int:
         """What the budget's scope costs in a result, in the budget's unit.
 
         Args:
             sizes: The result's sizes by name, as `ModelSizes.as_dict` gives them.
-            kind: Its form.
+            experts: How many experts its config.json says, if fewer than the source's.
         """
         assert self.recipe.budget is not None
-        return sizes[self.recipe.budget.unit] - beside(self, kind)
+        return sizes[self.recipe.budget.unit] - beside(self, experts)
 
-    def in_scope(self, sizes: Size, changed: MetaTerms) -> int:
+    def in_scope(self, changed: MetaTerms) -> int:
         """What the budget's scope costs in a result with these terms."""
-        kind = output_kind(self, sizes, changed)
-        return self.attained(self.count(sizes, changed).as_dict(), kind)
+        return self.attained(self.count(changed).as_dict(), self.said(changed))
 
     def setting(self, number: int, layer: int, names: list[str]) -> int | None:
         """A step's setting on some banks, where the recipe states it.
@@ -369,9 +372,9 @@ def make_plan(
     check_gradients(plan)
     check_fused(plan)
     set_budget(plan)
+    sizes = None if plan.pending or plan.needs_curves else plan.solve()
     if not plan.pending:
-        sizes = plan.smallest() if plan.needs_curves else plan.solve()
-        check_removal(plan, sizes)
-        plan.left_out(output_kind(plan, sizes, plan.layout(sizes)))
+        check_removal(plan, plan.smallest() if sizes is None else sizes)
+    check_unread(plan, sizes)
     warn(plan)
     return plan

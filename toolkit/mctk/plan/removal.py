@@ -13,7 +13,7 @@ from ..checkpoint import Share, check_fewer, experts_per_token, shares
 from ..errors import UserError
 from ..models import RouterSite, find_router, keeps_form
 from ..terms import Bank, removed_members
-from .layout import DataDecide, MetaTerms, apply_layout, banks_now
+from .layout import DataDecide, MetaTerms, apply_layout, banks_now, groups, with_neighbours
 
 if TYPE_CHECKING:
     from .plan import Plan, Size
@@ -88,14 +88,83 @@ def output_kind(plan: Plan, sizes: Size, changed: MetaTerms | None) -> str:
 
 def uniform(plan: Plan, left: Mapping[int, int]) -> int | None:
     """How many experts every layer keeps, if all lose some and keep equally many; else None."""
-    with_experts = [
+    if not left or sorted(left) != _with_experts(plan) or len(set(left.values())) > 1:
+        return None
+    return next(iter(left.values()))
+
+
+def _with_experts(plan: Plan) -> list[int]:
+    """The layers that have experts."""
+    return [
         layer
         for layer, sites in enumerate(plan.sites)
         if any(site.part == "down" for site in sites.values())
     ]
-    if not left or sorted(left) != with_experts or len(set(left.values())) > 1:
-        return None
-    return next(iter(left.values()))
+
+
+def foreseen(plan: Plan, sizes: Size | None) -> int | None:
+    """How many experts config.json will say, if fewer than the source's; None: as many.
+
+    Where data decide, the fewest that it may come to say.
+
+    Args:
+        plan: The plan.
+        sizes: All sizes; None where they wait for data.
+    """
+    decided = sizes is not None
+    if sizes is None:
+        sizes = plan.sizes() if plan.pending else plan.smallest()
+    layers = _with_experts(plan)
+    counts: set[int] = set()
+    for layer in layers:
+        kept = _foreseen_in_layer(plan, sizes, layer)
+        if kept == _members(plan, layer):
+            return None
+        if kept is not None:
+            counts.add(kept)
+    auto = any(step.auto and step.stage == "prune" for step in plan.recipe.steps)
+    if len(counts) > 1 and (decided or not auto):
+        return None  # whatever the other sizes: layers keep different numbers
+    return min(counts, default=1) if layers else None
+
+
+def _foreseen_in_layer(plan: Plan, sizes: Size, layer: int) -> int | None:
+    """How many experts a layer keeps; None where some go and only data can tell how many.
+
+    What data decide of other than pruning steps does not change the number: those that follow are
+    asked about the terms before it.
+    """
+    experts = {name for name, site in plan.sites[layer].items() if site.part != "linear"}
+    changed: MetaTerms = {layer: {}}
+    first, known = 0, True
+    if plan.prepared_terms is not None:
+        changed = {layer: dict(plan.prepared_terms.get(layer, {}))}
+        first = plan.prepared
+    for number in range(first, len(plan.recipe.steps)):
+        step = plan.recipe.steps[number]
+        for names in groups(plan, number, layer):
+            prunes = step.stage == "prune" and not experts.isdisjoint(names)
+            size = sizes[number, layer, names[0]]
+            try:
+                if plan.pending and step.auto and prunes:
+                    size = plan.costs(number, banks_now(plan, layer, names, changed))[0][0]
+                if not plan.passes_over(number, size):
+                    apply_layout(plan, number, layer, names, size, changed)
+            except DataDecide:
+                if prunes:
+                    return None
+                known = False
+            except UserError:
+                if known:
+                    raise
+                # It asks for what the step before it makes of data, as a delta does for a base.
+    whole = with_neighbours(plan, {layer: changed[layer]})
+    return experts_left(plan, whole).get(layer, _members(plan, layer))
+
+
+def _members(plan: Plan, layer: int) -> int:
+    """How many experts a layer has."""
+    return next(s.shape.members for s in plan.sites[layer].values() if s.part == "down")
 
 
 def check_removal(plan: Plan, sizes: Size) -> None:

@@ -1,28 +1,29 @@
 """What becomes of tensors that transformers does not read with the model.
 
 They are mostly layers for multi-token prediction. By default they are copied as they are, unless
-config.json would then promise what they are not: a native result has fewer experts, and prediction
-layers that have experts are built by the same number. They are left out of it, and config.json says
-of none.
+config.json would then promise what they are not: where every layer loses equally many experts it
+says fewer, and prediction layers that have experts are built by the same number. They are left out
+of such a result, and config.json says of none.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import predictor_keys, size_of_tensors
+from ..checkpoint import crowded, predictor_keys, size_of_tensors
 from ..checkpoint.source import FLOATING
+from .removal import foreseen
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Plan, Size
 
 
-def unread_left_out(plan: Plan, kind: str) -> tuple[str, ...]:
+def unread_left_out(plan: Plan, experts: int | None) -> tuple[str, ...]:
     """The unread tensors that a result does not get.
 
     Args:
         plan: The plan.
-        kind: The form of the result; native ones have fewer experts in every layer.
+        experts: How many experts the result's config.json says, if fewer than the source's.
 
     Raises:
         RecipeError: They are to be kept, and config.json would not fit them.
@@ -30,37 +31,50 @@ def unread_left_out(plan: Plan, kind: str) -> tuple[str, ...]:
     unread, wish = plan.unread, plan.recipe.unread
     if wish == "drop":
         return unread.names
-    if not (kind == "native" and unread.routed):
-        return ()
-    if wish == "keep":
+    gone = () if experts is None else crowded(plan.source, unread, experts)
+    if gone and wish == "keep":
         raise plan.recipe.error(
             ("unread",),
             "the layers for multi-token prediction have experts as well, and would have more of "
             "them than config.json says once the other layers have fewer; write drop, or auto",
         )
-    return unread.predictors
+    return gone
 
 
-def beside(plan: Plan, kind: str) -> int:
+def check_unread(plan: Plan, sizes: Size | None) -> None:
+    """Refuses to keep prediction layers that config.json may come to contradict.
+
+    Args:
+        plan: The plan.
+        sizes: All sizes; None where they wait for data: only a run could tell, at its end.
+
+    Raises:
+        RecipeError: As `unread_left_out`.
+    """
+    if plan.recipe.unread == "keep" and plan.unread.routed:
+        plan.left_out(foreseen(plan, sizes))
+
+
+def beside(plan: Plan, experts: int | None) -> int:
     """What a result stores beside the budget's scope, in the budget's unit."""
     assert plan.recipe.budget is not None
-    gone = set(plan.left_out(kind))
+    gone = set(plan.left_out(experts))
     infos = [plan.source.tensors[name] for name in plan.unread.names if name not in gone]
     if plan.recipe.budget.unit == "bytes":
         return plan.outside + sum(info.nbytes for info in infos)
     return plan.outside + sum(info.numel for info in infos if info.dtype in FLOATING)
 
 
-def unread_record(plan: Plan, kind: str) -> dict[str, Any] | None:
+def unread_record(plan: Plan, experts: int | None) -> dict[str, Any] | None:
     """What the unread tensors are and what becomes of them, as JSON data; None: there are none.
 
     Args:
         plan: The plan.
-        kind: The form of the result.
+        experts: How many experts its config.json says, if fewer than the source's.
     """
     if not plan.unread.names:
         return None
-    gone = set(plan.left_out(kind))
+    gone = set(plan.left_out(experts))
     parts = {"multi-token prediction": plan.unread.predictors, "other": plan.unread.others}
     return {
         "parts": [
@@ -79,11 +93,11 @@ def unread_record(plan: Plan, kind: str) -> dict[str, Any] | None:
     }
 
 
-def unread_warnings(plan: Plan, kind: str) -> list[str]:
+def unread_warnings(plan: Plan, experts: int | None) -> list[str]:
     """The same in words, a line for each part."""
     from ..report.tables import count, size
 
-    record = unread_record(plan, kind)
+    record = unread_record(plan, experts)
     if record is None:
         return []
     lines = []
@@ -102,8 +116,8 @@ def unread_warnings(plan: Plan, kind: str) -> list[str]:
         else:
             lines.append(
                 line + "left out, since their experts would be more than config.json says; "
-                "without removing experts, or in mctk's format, they would be kept"
+                "they are kept where no experts are removed, or layers keep different numbers"
             )
-    if record["config"]:
-        lines[-1] += f"; {', '.join(record['config'])} is set to 0"
+        if record["config"] and part["what"] != "other":
+            lines[-1] += f"; {', '.join(record['config'])} is set to 0"
     return lines

@@ -7,9 +7,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..terms import BankShape
+from ..terms import Bank, BankShape
 from .owner import LINEAR, TermModule
+
+
+class _Product(Tensor):
+    """A bank's only matrix: known by shape, dtype and device, computed where it is used."""
+
+    _bank: Bank
+
+    @staticmethod
+    def __new__(cls: Any, bank: Bank, dtype: torch.dtype, device: torch.device) -> _Product:
+        size = (bank.shape.out_features, bank.shape.in_features)
+        product = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
+        product._bank = bank
+        return product
+
+    def multiplied(self) -> Tensor:
+        """The matrix itself; zeros where no term has one."""
+        weight = self._bank.materialise(0)[0]
+        return (
+            torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            if weight is None
+            else weight
+        )
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def real(value: Any) -> Any:
+            return value.multiplied() if isinstance(value, cls) else value
+
+        return function(*tree_map(real, args), **tree_map(real, kwargs or {}))
 
 
 class TermLinear(TermModule):
@@ -37,18 +69,14 @@ class TermLinear(TermModule):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [out, in], multiplied out.
+        """The matrix [out, in], multiplied out when something is done with it.
 
-        For modelling code that reads a linear layer's matrix beside calling it: its dtype, or to
-        multiply by hand (Mamba's step sizes).
+        For modelling code that reads what a linear layer's matrix is beside calling the layer, such
+        as its dtype in each forward.
         """
-        weight = self.bank().materialise(0)[0]
-        if weight is None:
-            owned = next(self.parameters(), None)
-            device = None if owned is None else owned.device
-            weight = torch.zeros(self.out_features, self.in_features, device=device)
-            weight = weight.to(self._dtype)
-        return weight
+        owned = next(self.parameters(), None)
+        device = torch.device("cpu") if owned is None else owned.device
+        return _Product(self.bank(), self._dtype, device)
 
     @property
     def bias(self) -> Tensor | None:

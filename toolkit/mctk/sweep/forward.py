@@ -2,8 +2,8 @@
 
 The hidden states of all batches enter layer i, whoever listens sees them pass, and they leave for
 layer i+1; one layer's weights are in memory. The first batch also goes through the model's own
-forward at the same time, layer by layer, and must arrive everywhere with the same bits: a family
-whose layers hand on more than hidden states is found out here, not in a table.
+forward at the same time, layer by layer, and must arrive everywhere with the same bits: what a
+family hands on from layer to layer and `wiring` has overlooked is found out here, not in a table.
 """
 
 from __future__ import annotations

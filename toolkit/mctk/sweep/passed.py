@@ -165,7 +165,8 @@ def _share(new: Any, old: Any) -> Any:
     if isinstance(new, torch.Tensor):
         return old if isinstance(old, torch.Tensor) and same(new, old) else new
     if isinstance(new, tuple | list) and isinstance(old, tuple | list) and len(new) == len(old):
-        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
+        parts = [_share(a, b) for a, b in zip(new, old, strict=True)]
+        return type(new)(*parts) if hasattr(new, "_fields") else type(new)(parts)
     if isinstance(new, dict) and isinstance(old, dict):
         return {key: _share(value, old.get(key)) for key, value in new.items()}
     return new

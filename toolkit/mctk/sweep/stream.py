@@ -1,7 +1,7 @@
 """A model that is never whole in memory: embeddings and head stay, decoder layers come and go.
 
 Every layer's `forward` is replaced while the model's own forward runs, so masks, positions,
-scaling and whatever else a family passes to its layers is the family's own doing (DESIGN §4).
+scaling and whatever else a family passes to its layers is the family's own doing.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class StreamedModel:
         """
         more = passed.more
         first = passed.hidden if index == boundary - 1 else more.get(f"{index}.0", hidden)
-        for name in self.wiring.shared:
+        for name in self.wiring.shared & call.kwargs.keys():  # not every layer need be given it
             call.kwargs[name].update(read_mapping(more, f"{index}.{name}."))
         if not more:
             return first
@@ -213,6 +213,9 @@ class StreamedModel:
         for argument in wiring.shared:
             prefix = f"{index}.{argument}."
             earlier = {k: t for k, t in passed.more.items() if f".{argument}." in k}
+            if argument not in call.kwargs:  # the layer has no part in it: it stays as it was
+                more |= earlier
+                continue
             more |= mapping_after(call.kwargs[argument], earlier, prefix, name)
         for key, value in more.items():
             if not isinstance(value, torch.Tensor) or value.shape[:1] != hidden.shape[:1]:

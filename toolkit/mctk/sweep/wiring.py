@@ -275,6 +275,7 @@ def hollow(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None
                     is_weight = isinstance(tensor, nn.Parameter)
                     store[name] = nn.Parameter(zeros, requires_grad=False) if is_weight else zeros
     head = model.get_output_embeddings()
+    own = None if head is None else head.__dict__.get("forward")
     if head is not None:
         head.forward = lambda hidden: hidden[..., :1]
     try:
@@ -282,5 +283,7 @@ def hollow(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None
     finally:
         if head is not None:
             del head.forward
+            if own is not None:
+                head.forward = own
         for store, name, tensor in replaced:
             store[name] = tensor
