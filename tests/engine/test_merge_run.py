@@ -48,7 +48,8 @@ def test_plan_and_files_agree(write_recipe, registry, cache, step):
     path = write_recipe(steps=[step], budget={"remove": 0.5, "of": "experts"}, gate=True)
     recipe = load_recipe(path, registry=registry)
     planned = describe(make_plan(recipe, registry))
-    assert planned["sizes"]["exact"]
+    # What a token computes depends on which experts share weights, and only data tell.
+    assert set(planned["sizes"]["at_most"]) == {"active_parameters", "macs_per_token"}
     fresh = step["merge"] == "m_smoe"  # they store the same terms: one process is enough
     (metrics,) = run([recipe], registry, cache=cache, fresh_process=fresh)
     assert metrics["gate"]["streamed_equal"]
@@ -61,7 +62,7 @@ def test_plan_and_files_agree(write_recipe, registry, cache, step):
         assert sizes["planned"][key] == sizes["attained"][key]
     assert sizes["attained"]["active_parameters"] < sizes["original"]["active_parameters"]
     assert sizes["attained"]["macs_per_token"] < sizes["original"]["macs_per_token"]
-    assert planned["speed"]["bound"] > 1
+    assert planned["speed"]["bound"] is None
 
 
 @pytest.mark.parametrize("step", MERGES, ids=lambda step: step["merge"])
