@@ -169,6 +169,17 @@ def test_families(write_recipe, cache, tmp_path):
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
 
 
+def test_scores_are_compared_where_a_router_chooses_groups_first(write_recipe, cache, tmp_path):
+    recipe = write_recipe(
+        model=str(save("deepseek_v3", tmp_path / "model")),
+        budget={"remove": 0.25, "of": "experts"},
+        allocate={"method": "by_score"},
+        steps=[{"prune": "reap"}],
+    )
+    (metrics,) = go([recipe], cache)
+    assert [len(layer["kept"]) for layer in metrics["layers"][1:]] == [6, 6]
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "remote"])
 def test_mone_keeps_its_constants_in_files(family, write_recipe, cache, tmp_path, modules_cache):
     recipe = write_recipe(

@@ -217,7 +217,8 @@ def test_the_command_gives_json_and_says_the_difference(mctk, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say in which form: --dense or --expert-substitution"),
+        ([], "one of --dense and --expert-substitution"),
+        (["--dense", "--expert-substitution"], "one of --dense and --expert-substitution"),
         (["--dense"], "no config.json; is it a model directory?"),
     ],
 )

@@ -202,7 +202,8 @@ def _fp8(
         shape = (*info.shape[:-1], info.shape[-1] * (2 if halves else 1))
         others = [form.format(**places) for form in OF_INPUTS]
         parts = (name, scales, *(other for other in others if other in tensors))
-        grid = _block(where, shape, tensors[scales], block)
+        strict = "weight_block_size" in settings and block is not None and not halves
+        grid = _block(where, shape, tensors[scales], block, strict)
         yield (
             name,
             Packed(TensorInfo(name, info.file, dtype, shape), name, scales, parts, grid, halves),
@@ -235,6 +236,7 @@ def _block(
     shape: tuple[int, ...],
     scales: TensorInfo,
     declared: tuple[int, int] | None,
+    strict: bool,
 ) -> tuple[int, int]:
     """How many rows and columns of a weight share a scale.
 
@@ -242,12 +244,17 @@ def _block(
         where: The weight, in words.
         shape: Its shape [..., rows, columns].
         scales: Its scales: one, or [..., rows of blocks, columns of blocks].
-        declared: What config.json says; the experts of a checkpoint may differ.
+        declared: What config.json says, or what is usual where it does not.
+        strict: Whether it does: then other scales are damaged. (Of experts in four bits it says
+            nothing.)
 
     Raises:
         CheckpointError: The scales fit no blocks, or blocks of more than one size.
     """
-    if scales.numel == 1:
+    whole = declared and all(
+        size <= block for size, block in zip(shape[-2:], declared, strict=True)
+    )
+    if scales.numel == 1 and (len(scales.shape) < 2 or whole or not strict):
         return shape[-2], shape[-1]
     grid = scales.shape
     words = f"{where} has shape {list(shape)}, and its scales {scales.name} have {list(grid)}"
@@ -259,6 +266,11 @@ def _block(
         for (size, count), block in zip(axes, declared, strict=True)
     ):
         return declared
+    if strict and declared:
+        raise CheckpointError(
+            f"{words}: not the blocks of {declared[0]} × {declared[1]} that config.json's "
+            "weight_block_size says"
+        )
     if any(count == 0 or size % count for size, count in axes):
         raise CheckpointError(f"{words}: no blocks of equal size")
     rows, columns = (size // count for size, count in axes)

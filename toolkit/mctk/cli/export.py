@@ -28,14 +28,12 @@ the logits differ by more than rounding, nothing is kept."""
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--dense",
-    "form",
-    flag_value="dense",
+    is_flag=True,
     help="Multiply terms back into the original architecture; loads in plain transformers.",
 )
 @click.option(
     "--expert-substitution",
-    "form",
-    flag_value="expert-substitution",
+    is_flag=True,
     help="Keep experts that are constants (MoNE) so, in the layout of vLLM's open pull request "
     "50415; transformers does not load it.",
 )
@@ -61,7 +59,8 @@ the logits differ by more than rounding, nothing is kept."""
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     directory: Path,
-    form: str | None,
+    dense: bool,
+    expert_substitution: bool,
     output: Path,
     dtype: str,
     device: str,
@@ -70,8 +69,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Write DIRECTORY, a checkpoint in mctk's format, in a form that loads without mctk."""
-    if form is None:
-        raise click.UsageError("say in which form: --dense or --expert-substitution")
+    if dense == expert_substitution:
+        raise click.UsageError("say in which form: one of --dense and --expert-substitution")
     if output.exists():
         raise click.UsageError(f"{output} exists already; give another --output, or remove it")
 
@@ -88,7 +87,7 @@ def command(
         found = export(
             directory,
             output,
-            constants=form == "expert-substitution",
+            constants=expert_substitution,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             device=resolve_device(device),
             trust_remote_code=trust_remote_code,
@@ -117,9 +116,14 @@ def _print(found: Exported) -> None:
         click.echo(
             f"Logits of {difference.tokens} tokens differ from the compressed model's by "
             f"{difference.median:.2g} (median token) to {difference.largest:.2g}, relative; "
-            f"rounding explains {difference.allowed:.2g}; the same next token for "
+            f"rounding explains {difference.allowed:.2g} of the median; the same next token for "
             f"{difference.same_choice:.0%}"
         )
+        if difference.largest > difference.allowed:
+            click.echo(
+                "Single tokens differ by more where rounding sends them to another expert; "
+                "--dtype float32 shows that it is rounding"
+            )
         if difference.skipping is not None:
             click.echo(
                 "Compared without what it skips at run time; as it runs it differs by "

@@ -226,11 +226,6 @@ def _residuals(original: Bank, others: list[Term]) -> Any:
 def on_meta(banks: Mapping[str, Bank]) -> Banks:
     """Banks without data, as hooks of plans get them."""
     return {
-        name: Bank(
-            name,
-            bank.layer,
-            bank.shape,
-            [term.to(device="meta") for term in bank.terms],
-        )
+        name: replace(bank, terms=[term.to(device="meta") for term in bank.terms])
         for name, bank in banks.items()
     }
