@@ -154,6 +154,9 @@ def test_a_native_result_goes_without_prediction_layers_that_have_experts(source
     assert metrics["sizes"]["planned"] == metrics["sizes"]["attained"]
     [line] = [w for w in metrics["warnings"] if "multi-token prediction" in w]
     assert "left out, since their experts would be more" in line
+    for shown in ("report.md", "README.md"):  # it is no saving of the method
+        page = (tmp_path / "out" / shown).read_text()
+        assert "of which not read with the model (multi-token prediction)" in page, shown
 
 
 def test_so_does_a_result_of_terms_if_config_says_fewer_experts(source, go, tmp_path):

@@ -74,6 +74,13 @@ def sizes_table(metrics: Metrics) -> Table:
             continue
         kept = after / before if before and after is not None else None
         rows.append({"what": title, "before": form(before), "after": form(after), "kept": kept})
+    unread = get(metrics, "unread", "parts") or []
+    if unread:  # what is left out of these is no method's saving
+        before = sum(part["parameters"] for part in unread)
+        after = sum(part["parameters"] for part in unread if part["kept"])
+        title = "of which not read with the model (" + ", ".join(p["what"] for p in unread) + ")"
+        kept = after / before if before else None
+        rows.append({"what": title, "before": count(before), "after": count(after), "kept": kept})
     columns = [
         Column("what", "", left=True),
         Column("before", "original"),
