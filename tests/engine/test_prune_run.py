@@ -14,6 +14,7 @@ from mctk.checkpoint import Source
 from mctk.data import calibration_windows
 from mctk.engine import run
 from mctk.errors import UserError
+from mctk.plan import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.runtime import observe
@@ -244,3 +245,17 @@ def test_mone_over_all_layers_at_once(write_recipe, cache):
     # Of 12 experts 4 have to go; each leaves a vector.
     removed = sizes["original"]["parameters"] - sizes["attained"]["parameters"]
     assert removed == 4 * (3 * 48 * 80 - 48)
+
+
+def test_a_plan_says_what_a_routers_groups_forbid(write_recipe, tmp_path):
+    changes = {"model": str(save("deepseek_v3", tmp_path / "model")), "steps": [{"prune": "reap"}]}
+
+    def planned(remove):
+        path = write_recipe(budget={"remove": remove, "of": "experts"}, **changes)
+        return describe(make_plan(load_recipe(path, registry=REGISTRY), REGISTRY))
+
+    assert not any("coarse" in line for line in planned(0.25)["warnings"])
+    [line] = [line for line in planned(0.3)["warnings"] if "coarse" in line]
+    assert "as many experts of each of the router's 2 groups stay" in line
+    with pytest.raises(UserError, match=r"at most 50\.0% of the experts .* 2 groups stay"):
+        planned(0.9)

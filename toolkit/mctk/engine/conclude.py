@@ -21,6 +21,7 @@ from ..plan import (
     TOLERANCE,
     at_most,
     byte_warnings,
+    coarse_warning,
     count_model,
     quantised_record,
     uniform,
@@ -191,11 +192,7 @@ def _metrics(
             "shortfall_fraction": short,
             "coarse": short > TOLERANCE,
         }
-        if short > TOLERANCE:
-            warnings.append(
-                f"{short:.2%} of the original less than the budget allows is stored: the steps' "
-                "sizes are too coarse"
-            )
+        warnings += coarse_warning(plan, attained)
     warnings += _token_warnings(layers)
     calibration = None
     if recipe.calibration is not None:

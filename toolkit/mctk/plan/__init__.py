@@ -1,6 +1,6 @@
 """Plans: what a run will do and cost, found from headers alone."""
 
-from .bounds import at_most
+from .bounds import at_most, coarse_warning
 from .budget import TOLERANCE
 from .counting import count_model
 from .describe import describe, resources
@@ -28,6 +28,7 @@ __all__ = [
     "at_most",
     "byte_warnings",
     "check_kept",
+    "coarse_warning",
     "config_without",
     "count_model",
     "count_windows",

@@ -1,4 +1,4 @@
-"""Which of a plan's sizes are upper bounds although the terms are known.
+"""Which of a plan's sizes are upper bounds although the terms are known, and which are far below.
 
 What is stored follows from the terms; what a token passes through may wait for data: whom a policy
 skips at run time, and which experts share a slot. A plan without data skips nobody and divides the
@@ -9,9 +9,14 @@ belong to is largest where all groups are of one size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..terms import ExpertSkip, Term
+from .budget import TOLERANCE, group_rule
 from .layout import MetaTerms
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 PER_TOKEN = ("active_parameters", "macs_per_token")  # of `ModelSizes`
 
@@ -37,3 +42,21 @@ def _in_groups(slots: Sequence[int | None]) -> bool:
     """Whether some members share a slot and others another."""
     used = [slot for slot in slots if slot is not None]
     return 1 < len(set(used)) < len(used)
+
+
+def coarse_warning(plan: Plan, attained: int) -> list[str]:
+    """A warning where less is stored than the budget allows, by more than its tolerance.
+
+    Args:
+        plan: The plan.
+        attained: What the budget's scope stores, planned or measured.
+    """
+    if plan.allowed is None:
+        return []
+    short = (plan.allowed - attained) / plan.scope
+    if short <= TOLERANCE:
+        return []
+    return [
+        f"{short:.2%} of the original less than the budget allows is stored: the steps' sizes are "
+        f"too coarse{group_rule(plan)}"
+    ]

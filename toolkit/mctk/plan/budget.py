@@ -71,7 +71,7 @@ def set_budget(plan: Plan) -> None:
         raise recipe.error(
             ("budget",),
             f"at most {1 - least:.1%} of the {budget.of} can be removed by these steps, "
-            f"not {1 - budget.kept:.1%}",
+            f"not {1 - budget.kept:.1%}{group_rule(plan)}",
         )
     largest = sum(curve.cost[-1] for curve in items)
     if largest < plan.budget - TOLERANCE * plan.scope:
@@ -82,6 +82,15 @@ def set_budget(plan: Plan) -> None:
         )
     if plan.needs_curves:
         _check_feasible(plan)
+
+
+def group_rule(plan: Plan) -> str:
+    """In words for a message, why numbers of experts are what they are; empty if nothing binds."""
+    removing = any(step.auto and step.method.scope == "experts" for step in plan.recipe.steps)
+    groups = max((site.groups for sites in plan.sites for site in sites.values()), default=1)
+    if not removing or groups == 1:
+        return ""
+    return f" (as many experts of each of the router's {groups} groups stay, and two at least)"
 
 
 def _check_overlap(plan: Plan, auto: list[int]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint import ModelSizes, expert_macs, experts_per_token
 from ..statistics import Need, RoutedOutputs, size_of
 from ..terms import DENSE
-from .bounds import at_most
+from .bounds import at_most, coarse_warning
 from .budget import TOLERANCE
 from .counting import count_model
 from .layout import DataDecide, MetaTerms, lay_out_layer
@@ -77,6 +77,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "resources": resources(plan, predicted),
         "warnings": [
             *plan.warnings,
+            *(coarse_warning(plan, plan.in_scope(changed)) if changed is not None else []),
             *_grown(layers),
             *unread_warnings(plan, experts),
             *byte_warnings(plan, predicted.bytes if predicted else None),
