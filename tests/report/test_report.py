@@ -197,3 +197,11 @@ def test_what_steps_noted_is_listed():
     text = render_report({"layers": [{"layer": 3, "notes": [noted]}]})
     assert "## What the steps noted" in text and r"objective 1.0 → 0.5 \| done" in text
     assert "What the steps noted" not in render_report({"layers": [{"layer": 3, "notes": []}]})
+
+
+def test_experts_that_stayed_are_listed():
+    found = metrics()
+    assert "## Experts that stayed" not in render_report(found)
+    found["layers"][0]["kept"] = [0, 1, 2, 5]
+    text = render_report(found)
+    assert "## Experts that stayed" in text and "0-2,5" in text

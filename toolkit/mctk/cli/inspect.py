@@ -129,8 +129,8 @@ def _term(term: Any) -> str:
 
 
 def _show(found: dict[str, Any], every_layer: bool) -> None:
-    from mctk.cli.tables import print_table, ranges
-    from mctk.report.tables import count, size
+    from mctk.cli.tables import print_table
+    from mctk.report.tables import count, ranges, size
 
     sizes = found["sizes"]
     kind = "original"

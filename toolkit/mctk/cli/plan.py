@@ -47,8 +47,8 @@ def command(recipe: str, overrides: tuple[str, ...], as_json: bool, **flags: Any
 
 
 def _show(plan: dict[str, Any]) -> None:
-    from mctk.cli.tables import print_table, ranges
-    from mctk.report.tables import count, size
+    from mctk.cli.tables import print_table
+    from mctk.report.tables import count, ranges, size
 
     model, sizes = plan["model"], plan["sizes"]
     click.echo(
@@ -152,8 +152,8 @@ def _show_layers(rows: list[dict[str, Any]]) -> None:
 
     A setting is a rank, or how many experts, channels or entries stay, as the step's method counts.
     """
-    from mctk.cli.tables import print_table, ranges
-    from mctk.report.tables import count
+    from mctk.cli.tables import print_table
+    from mctk.report.tables import count, ranges
 
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:

@@ -36,14 +36,3 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     for line in lines:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
-
-
-def ranges(layers: list[int]) -> str:
-    """Writes 0, 1, 2, 5 as "0-2,5"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

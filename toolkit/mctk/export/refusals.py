@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import Source
 from ..errors import UserError
 from ..models import bank_sites
+from ..report.tables import ranges
 from ..runtime import TermModule
 from ..terms import Bias, DynamicDense, ExpertSkip, Term, packed_bits
 
@@ -105,7 +106,7 @@ def merged(notes: Iterable[tuple[str, int]], layers: int) -> list[str]:
     for note, layer in notes:
         by_note.setdefault(note, []).append(layer)
     return [
-        note if len(found) == layers else f"{note} (layers {', '.join(map(str, found))})"
+        note if len(found) == layers else f"{note} (layers {ranges(found)})"
         for note, found in by_note.items()
     ]
 

@@ -51,8 +51,7 @@ def coarse_warning(plan: Plan, attained: int) -> list[str]:
         plan: The plan.
         attained: What the budget's scope stores, planned or measured.
     """
-    if plan.allowed is None:
-        return []
+    assert plan.allowed is not None  # there is a budget
     short = (plan.allowed - attained) / plan.scope
     if short <= TOLERANCE:
         return []

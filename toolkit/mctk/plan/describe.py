@@ -34,6 +34,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     predicted = None if changed is None else plan.count(changed)
     bounded = at_most(changed) if changed is not None else []
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
+    coarse: list[str] = []
+    if changed is not None and recipe.budget is not None:
+        coarse = coarse_warning(plan, plan.in_scope(changed))
     bound = None
     if predicted is None and plan.allowed is not None and recipe.budget is not None:
         most = plan.allowed + beside(plan, experts)
@@ -77,7 +80,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "resources": resources(plan, predicted),
         "warnings": [
             *plan.warnings,
-            *(coarse_warning(plan, plan.in_scope(changed)) if changed is not None else []),
+            *coarse,
             *_grown(layers),
             *unread_warnings(plan, experts),
             *byte_warnings(plan, predicted.bytes if predicted else None),

@@ -24,6 +24,7 @@ from .tables import (
     document,
     duration,
     get,
+    ranges,
     scientific,
     section,
     size,
@@ -53,6 +54,7 @@ def render_report(metrics: Metrics) -> str:
         section("Size: prediction and measurement", _prediction(metrics), _budget(metrics)),
         section("Error after each pass", *_trace(metrics)),
         section("What each bank became", _folded(_banks(metrics))),
+        section("Experts that stayed", _kept(metrics)),
         section("What the steps noted", _notes(metrics)),
         section("Tokens per expert", *_tokens(metrics)),
         section("Checks on the written files", _gate(metrics)),
@@ -182,6 +184,21 @@ def _banks(metrics: Metrics) -> Table:
     ]
     known = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
     return Table(known, rows)
+
+
+def _kept(metrics: Metrics) -> str:
+    """Which of the original's experts a layer still has, where it lost some."""
+    rows: list[Mapping[str, Any]] = [
+        {"layer": get(layer, "layer"), "count": len(kept), "experts": ranges(kept)}
+        for layer in metrics.get("layers") or []
+        if (kept := get(layer, "kept"))
+    ]
+    columns = [
+        Column("layer", "layer"),
+        Column("count", "experts"),
+        Column("experts", "their numbers in the original", left=True),
+    ]
+    return _folded(Table(columns, rows))
 
 
 def _notes(metrics: Metrics) -> str:

@@ -18,6 +18,21 @@ def _numeric(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers of layers or experts in short.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
 def count(value: Any) -> str:
     """A large number in three figures: 46.7 B, 11.3 M, 812.
 
