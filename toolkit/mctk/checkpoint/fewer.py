@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_ONE_EXPERT = re.compile(r"^(.*experts\.)(\d+)(\..*)$")
+ONE_EXPERT = re.compile(r"^(.*experts)\.(\d+)(\..*)$")
+"""A tensor of one expert: the path of the experts, its number, and what is behind that."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Share:
             return self.name
         if self.expert not in kept:
             return None
-        match = _ONE_EXPERT.match(self.name)
+        match = ONE_EXPERT.match(self.name)
         assert match is not None
-        return f"{match[1]}{kept.index(self.expert)}{match[3]}"
+        return f"{match[1]}.{kept.index(self.expert)}{match[3]}"
 
     def rest(self, tensor: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """What stays of the tensor where only some experts are left."""
@@ -117,7 +118,7 @@ def shares(
 
 
 def _of_experts(name: str, shape: tuple[int, ...], experts: int) -> Share:
-    match = _ONE_EXPERT.match(name)
+    match = ONE_EXPERT.match(name)
     if match is not None:
         return Share(name, expert=int(match[2]), of_experts=True)
     if not shape or shape[0] != experts:
@@ -197,15 +198,14 @@ def check_fewer(
         UserError: No change of it gives the shapes that the files would have.
     """
     numbers = range(kept)
-    shrunk = Source.__new__(Source)
-    shrunk.path, shrunk.files, shrunk.config = source.path, source.files, source.config
     every = {name: share for layer in layers for name, share in layer.items()}
-    shrunk.tensors = {}
+    left = {}
     for name, info in source.tensors.items():
         share = every.get(name, Share(name))
         new = share.renamed(numbers)
         if new is not None:
-            shrunk.tensors[new] = fewer(info, share, kept)
+            left[new] = fewer(info, share, kept)
+    shrunk = source.pretended(left, source.config)
     reason = "it has no key with that number"
     for changed in without_experts(source.config, config.to_dict(), experts, kept):
         # Files have infinity as an object, which `from_pretrained` turns back into a number.

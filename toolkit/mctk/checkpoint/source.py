@@ -8,6 +8,7 @@ is found from config.json, the index and the headers alone, before any weight is
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -198,6 +199,13 @@ class Source:
             elif stored not in hidden:
                 self.tensors[stored] = info
         self.config = unquantised(self.config, quantised.dtype)
+
+    def pretended(self, tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Source:
+        """The same directory as if it held these tensors: to map names, not to read."""
+        found = copy.copy(self)
+        found.tensors = found.stored = tensors
+        found.config, found.quantised = config, None
+        return found
 
     @property
     def nbytes(self) -> int:

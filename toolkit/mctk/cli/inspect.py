@@ -48,7 +48,7 @@ def command(
 
 def inspect_model(model: StreamedModel) -> dict[str, Any]:
     """Architecture, sizes, banks and terms of a checkpoint, as JSON data."""
-    from mctk.checkpoint import experts_per_token, find_unread, size_of_tensors, terms_in
+    from mctk.checkpoint import experts_per_token, size_of_tensors, terms_in
     from mctk.models import bank_sites
     from mctk.plan import count_model, side_sizes
 
@@ -73,11 +73,13 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
                 }
             )
     sizes = count_model(model, {}, stored=True).as_dict()
-    unread = find_unread(model.weights.unread, len(model.layers))
-    groups = {"multi-token prediction": unread.predictors, "other unread": unread.others}
+    unread = {
+        "multi-token prediction": model.unread.predictors,
+        "other unread": model.unread.others,
+    }
     unread_parts: dict[str, dict[str, Any]] = {
         what: {"first": names[0], **size_of_tensors(model.source, names)}
-        for what, names in groups.items()
+        for what, names in unread.items()
         if names
     }
     quantised = model.source.quantised

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,11 @@ from ..checkpoint import (
     Source,
     TensorInfo,
     crowded,
-    find_unread,
     map_weights,
     without_predictors,
 )
-from ..checkpoint.weights import TORCH_DTYPES
+from ..checkpoint.fewer import ONE_EXPERT
+from ..dtypes import stored_name
 from ..errors import CheckpointError, UserError, brief
 from ..models import BankSite, bank_sites, build, own_tensors
 from ..runtime import TermModule
@@ -37,11 +36,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-ONE_EXPERT = re.compile(r"^(.*experts)\.(\d+)(\..*)$")
 PREDICTORS = (
     "layers for multi-token prediction, which have more experts than config.json now says: left out"
 )
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ def lay_out(
         targets = model.weights.targets
         copied = [name for name in model.layer_tensors[index] if not gone.issuperset(targets[name])]
         made = {
-            name: TensorInfo(name, "", _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            name: TensorInfo(name, "", stored_name(tensor.dtype), tuple(tensor.shape))
             for name, tensor in restored(dense, original, prefix, modules).items()
         }
         found = None
@@ -317,8 +314,7 @@ def _crowded_predictors(model: StreamedModel) -> tuple[str, ...]:
         for site in bank_sites(layer).values()
         if site.part == "down"
     ]
-    unread = find_unread(model.weights.unread, len(model.layers))
-    return crowded(model.source, unread, max(counts)) if counts else ()
+    return crowded(model.source, model.unread, max(counts)) if counts else ()
 
 
 def _config(source: Source, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -349,10 +345,8 @@ def _check_names(layout: Layout, whole: bool) -> None:
         raise UserError(f"{source.path}: two tensors would have one name; not supported")
     if not whole:
         return
-    seen = copy.copy(source)
-    seen.tensors, seen.config = written, layout.config
     try:
-        found = map_weights(layout.dense, seen)
+        found = map_weights(layout.dense, source.pretended(written, layout.config))
     except (UserError, CheckpointError) as error:
         raise UserError(
             f"{source.path}: the names of the original's tensors are not known: {brief(error)}"

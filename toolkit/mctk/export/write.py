@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoint.fewer import ONE_EXPERT
 from ..engine.shards import copy_companions, copy_tensors, shard_name, write_index
 from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import bank_sites, read_banks, write_banks
-from .layout import ONE_EXPERT, Constants, LayerLayout, Layout, restored
+from .layout import Constants, LayerLayout, Layout, restored
 
 if TYPE_CHECKING:
     from torch import nn

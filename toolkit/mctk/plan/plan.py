@@ -17,7 +17,6 @@ from ..checkpoint import (
     ModelSizes,
     Source,
     Unread,
-    find_unread,
     open_source,
     original_terms,
 )
@@ -364,7 +363,7 @@ def make_plan(
     recipe.check_layers(len(sites))
     targets = [find_targets(recipe, number, sites) for number in range(len(recipe.steps))]
     original = count_model(model, {}, stored=True)
-    unread = find_unread(model.weights.unread, len(sites))
+    unread = model.unread
     plain = count_model(model, {}, unread.names)
     plan = Plan(recipe, model, sites, targets, {}, [], None, None, 0, original, plain, unread)
     check_options(plan)

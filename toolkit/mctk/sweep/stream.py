@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Source, check_tied, empty, extra_layers, fill, map_weights
+from ..checkpoint import (
+    Source,
+    Unread,
+    check_tied,
+    empty,
+    extra_layers,
+    fill,
+    find_unread,
+    map_weights,
+)
 from ..errors import UserError
 from ..models import (
     build,
@@ -102,6 +111,11 @@ class StreamedModel:
         finally:
             empty(module)
             _return_memory()
+
+    @functools.cached_property
+    def unread(self) -> Unread:
+        """The source's tensors that transformers does not read with the model."""
+        return find_unread(self.weights.unread, len(self.layers))
 
     @functools.cached_property
     def wiring(self) -> Wiring:
