@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.families import EVERY_FAMILY, FAMILIES
 from tests.families.check import FRESH, check_family, check_refused
@@ -69,5 +70,15 @@ def test_the_page_says_what_works_and_exactly_why_not():
 
 
 def test_the_page_that_is_shipped_has_every_family():
-    rows = {line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if "|" in line}
-    assert {*EVERY_FAMILY, *NO_LANGUAGE_MODEL} <= rows
+    text = PAGE.read_text()
+    assert f"transformers {transformers.__version__}" in text
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            name, *said = (cell.strip() for cell in line.strip("|").split("|", len(COLUMNS) + 1))
+            rows[name] = said
+    assert {*EVERY_FAMILY, *NO_LANGUAGE_MODEL} <= rows.keys()
+    for name in (*EVERY_FAMILY, *NO_LANGUAGE_MODEL):
+        *cells, remark = rows[name]
+        assert len(cells) == len(COLUMNS) and set(cells) <= {"yes", "no", "refused"}, name
+        assert remark or set(cells) == {"yes"}, name

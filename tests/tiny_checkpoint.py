@@ -17,13 +17,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
+    return _with_ends(backend)
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -36,6 +30,10 @@ def letters() -> PreTrainedTokenizerFast:
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", *characters, "<unk>"])}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _with_ends(backend)
+
+
+def _with_ends(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

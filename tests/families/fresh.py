@@ -7,7 +7,6 @@ Many checkpoints share the process, as starting one takes longer than loading a 
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +20,7 @@ import transformers  # noqa: E402
 from mctk.models import language_part  # noqa: E402
 from mctk.runtime import restore_buffers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from serving import serve  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -81,7 +81,4 @@ def answer(path: str, head: str, expected: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    out = sys.stdout
-    sys.stdout = sys.stderr  # libraries print
-    for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), file=out, flush=True)
+    serve(answer)

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
+from serving import serve
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -66,7 +66,4 @@ def answer(path: str, head: str, expected: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    out = sys.stdout
-    sys.stdout = sys.stderr  # libraries print
-    for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), file=out, flush=True)
+    serve(answer)

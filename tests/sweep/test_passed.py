@@ -20,7 +20,7 @@ from mctk.sweep.wiring import trace_wiring
 from torch import nn
 
 from tests import families
-from tests.sweep.test_backward import LENGTH, Bench, assert_close, plain, reference
+from tests.sweep.sweep_bench import LENGTH, Bench, assert_close, plain, reference
 
 # What is passed: a router's states; indices; outputs of earlier layers that the model puts
 # together; keys and values in a mapping that layers share, and indices.
@@ -30,18 +30,6 @@ CARRYING = {
     "inkling2": (0, [set(), set(), set(), {"1.0"}, {"1.0"}], set()),
     "mistral_large4": (2, [set(), {"0.1"}, {"1.1"}, set()], {"shared_kv_states"}),
 }
-
-
-@pytest.fixture(scope="module")
-def benches(tmp_path_factory):
-    made: dict[str, Bench] = {}
-
-    def bench(family: str) -> Bench:
-        if family not in made:
-            made[family] = Bench(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return bench
 
 
 @pytest.mark.parametrize("family", CARRYING)
