@@ -10,9 +10,9 @@ Of the rows that remove experts: which share of the calibration's tokens the rem
 
 From the statistics that the comparison has left in the cache (`--cache` as it was given there):
 
-- *FWSVD*: how unequal the weights of a matrix's rows are, and what truncations at one rank lose, of
-  what FWSVD minimises (squared errors of weights, each row times its Fisher information) and of the
-  outputs on each expert's own tokens;
+- *FWSVD*: how unequal the weights of a matrix's inputs are, and what truncations at one rank lose,
+  of what FWSVD minimises (squared errors of weights, each input's times its Fisher information) and
+  of the outputs on each expert's own tokens;
 - *frequency*: how unequal the experts' use is, and how NAEE's loss ranks the experts that frequency
   keeps among all choices of as many; their mean is what experts drawn at random lose.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from mctk import decompose
-from mctk.compare.file import LoadedComparison, load_comparison
+from mctk.comparison.file import LoadedComparison, load_comparison
 from mctk.data import TokenWindows, calibration_windows
 from mctk.engine.calibrate import cache_context
 from mctk.engine.fate import Fate
@@ -39,22 +39,22 @@ from mctk.engine.run import read_calibration
 from mctk.evaluate.loading import load_model, load_tokenizer
 from mctk.linalg import loss, metric_svd
 from mctk.models import find_layers, read_banks
-from mctk.plan import make_plan
+from mctk.planning import make_plan
 from mctk.registry import load_plugins
 from mctk.report.tables import fixed, percent, scientific
 from mctk.runtime import observe
 from mctk.runtime.names import IMPLEMENTATION
 from mctk.statistics import (
+    ChannelFisher,
     ExpertFrequency,
     LayerStatistics,
     RoutedOutputs,
-    RowFisher,
     StatisticsCache,
     cache_directory,
 )
 from mctk.terms import Bank, rank_settings
 from mctk_naee.loss import SubsetLoss
-from mctk_svd.math import ScaledSVD, row_weights
+from mctk_svd.math import ScaledSVD, fisher_weights
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,10 +167,10 @@ def print_fisher(loaded: LoadedComparison, cache: Path | None) -> None:
     """Truncations by four metrics, the mean over experts, a line a layer and bank."""
     moments = live_layers(loaded, "svd_llm", cache)
     print(
-        f"\ntruncated to {KEEP:.0%} of the parameters: weights of rows; Fisher-weighted error of "
+        f"\ntruncated to {KEEP:.0%} of the parameters: weights of inputs; Fisher-weighted error of "
         "the weights; error of the outputs"
     )
-    print("layer bank          most/median row   svd    fwsvd   |  svd    fwsvd   svd_llm")
+    print("layer bank        most/median input   svd    fwsvd   |  svd    fwsvd   svd_llm")
     for (fisher, banks), (inputs, _) in zip(
         live_layers(loaded, "fwsvd", cache), moments, strict=True
     ):
@@ -179,7 +179,7 @@ def print_fisher(loaded: LoadedComparison, cache: Path | None) -> None:
                 compared(weight, information, moment, rank_of(banks[name]))
                 for weight, information, moment in zip(
                     decompose.matrices(banks[name]).weight,
-                    fisher[RowFisher(name)],
+                    fisher[ChannelFisher(name, "input")],
                     moments_of(banks[name], inputs),
                     strict=True,
                 )
@@ -202,33 +202,33 @@ def moments_of(bank: Bank, values: LayerStatistics) -> Iterator[tuple[str, torch
 def compared(
     weight: torch.Tensor, fisher: torch.Tensor, moment: tuple[str, torch.Tensor], rank: int
 ) -> tuple[float, ...]:
-    """One matrix: its row weights' spread, and what truncations lose, as shares.
+    """One matrix: its inputs' weights' spread, and what truncations lose, as shares.
 
     Args:
         weight: ``[out, in]``.
-        fisher: Of its rows ``[out]``.
+        fisher: Of its inputs ``[in]``.
         moment: Side and matrix.
         rank: Where all are cut.
     """
     weight = weight.double()
-    rows = row_weights(fisher)
+    columns = fisher_weights(fisher)
     side, matrix = moment
     parts: dict[str, Any] = {
         "svd": metric_svd(weight),
-        "fwsvd": ScaledSVD(weight, rows=rows),
+        "fwsvd": ScaledSVD(weight, columns=columns),
         "svd_llm": metric_svd(weight, **{f"{side}_moment": matrix}),
     }
     products = {}
     for name, part in parts.items():
         left, right = part.factors(rank)
         products[name] = left.double() @ right.double()
-    scaled = rows[:, None] * weight
+    scaled = weight * columns
     own = [
-        float((scaled - rows[:, None] * products[name]).square().sum() / scaled.square().sum())
+        float((scaled - products[name] * columns).square().sum() / scaled.square().sum())
         for name in ("svd", "fwsvd")
     ]
     outputs = [_lost(weight, products[name], side, matrix) for name in parts]
-    return float(rows.max() / rows.median()), *own, *outputs
+    return float(columns.max() / columns.median()), *own, *outputs
 
 
 def _lost(weight: torch.Tensor, product: torch.Tensor, side: str, moment: torch.Tensor) -> float:

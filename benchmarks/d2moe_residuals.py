@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from mctk import decompose
-from mctk.compare.file import load_comparison
+from mctk.comparison.file import load_comparison
 from mctk.engine.calibrate import cache_context
 from mctk.engine.fate import Fate
 from mctk.engine.prepare import Preparation
@@ -31,7 +31,7 @@ from mctk.engine.run import read_calibration
 from mctk.evaluate import paired_bootstrap
 from mctk.linalg import loss, metric_svd
 from mctk.models import read_banks
-from mctk.plan import Plan, make_plan
+from mctk.planning import Plan, make_plan
 from mctk.registry import load_plugins
 from mctk.report import Column, Table
 from mctk.report.tables import fixed, percent, scientific

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from mctk.compare.file import load_comparison
+from mctk.comparison.file import load_comparison
 from mctk.data import calibration_windows
 from mctk.evaluate.loading import load_model, load_tokenizer
 from mctk.models import bank_sites, find_layers

@@ -13,9 +13,10 @@ PLUGINS = ROOT / "plugins"
 LINES = [
     {"__main__"},
     {"cli"},
-    {"compare", "export"},
+    {"api", "tensors", "testing"},
+    {"comparison", "export"},
     {"engine"},
-    {"plan", "report", "evaluate", "decompose"},
+    {"planning", "report", "evaluate", "decompose"},
     {"recipe", "hookspecs", "registry", "sweep", "checkpoint", "data"},
     {"models", "statistics", "runtime"},
     {"linalg", "terms"},

@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from mctk import cli
-from mctk.compare.file import load_comparison
-from mctk.compare.schema import ComparisonFile
+from mctk.comparison.file import load_comparison
+from mctk.comparison.schema import ComparisonFile
 from mctk.decompose import matrices
 from mctk.errors import CheckpointError
 from mctk.hookspecs import STAGES, Method, Plugin

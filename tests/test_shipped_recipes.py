@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mctk.compare.file import load_comparison
-from mctk.plan import describe, make_plan
+from mctk.comparison.file import load_comparison
+from mctk.planning import describe, make_plan
 from mctk.recipe import check_texts, load_recipe
 from mctk.registry import load_plugins
 
@@ -25,7 +25,7 @@ def test_a_shipped_recipe_loads(path: Path):
     recipe = load_recipe(path, registry=registry)
     assert recipe.steps and recipe.evaluate
     if (RECIPES / "demo") not in Path(recipe.model).parents:
-        return  # a model of the hub; tests/plan plans its true shapes
+        return  # a model of the hub; tests/planning plans its true shapes
     plan = describe(make_plan(recipe, registry, weights=False))
     assert plan["sizes"]["exact"] and plan["calibration"]["checked"]
     assert all(plan["evaluation"]["windows"].values()) and not plan["warnings"]

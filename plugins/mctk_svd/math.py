@@ -1,4 +1,7 @@
-"""The mathematics of SVD with weighted rows or columns: one matrix in, its decomposition out."""
+"""The mathematics of SVD with weighted channels: one matrix in, its decomposition out.
+
+Sections and equations are those of FWSVD, arXiv 2207.00112, and of ASVD, arXiv 2312.05821v4.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ import torch
 from mctk.linalg import MetricSVD, metric_svd
 from torch import Tensor
 
-LEAST_ROW = 1e-6  # of the largest row weight: a row without gradients keeps a trace of itself
-LEAST_COLUMN = 1e-6  # added to every column weight; the reference code of ASVD does the same
+LEAST_FISHER = 1e-6  # of the largest weight: a channel without gradients keeps a trace of itself
+LEAST_MAGNITUDE = 1e-6  # added to every weight; the authors' code of ASVD does the same
 
 
 class ScaledSVD:
     """The SVD of ``D_r W D_c``, D diagonal, brought back: ``U ← D_r⁻¹ U``, ``V ← V D_c⁻¹``.
+
+    With D_c that is ASVD's eq. 3 to 6 and, its matrices transposed, the solution of FWSVD's eq. 6.
 
     Args:
         weight: ``W [out, in]``.
@@ -72,30 +77,32 @@ def decompositions(weight: Tensor) -> Iterator[MetricSVD]:
         yield metric_svd(matrix)
 
 
-def row_weights(fisher: Tensor) -> Tensor:
-    """Weights of a matrix's rows, the square roots of their Fisher information (FWSVD).
+def fisher_weights(fisher: Tensor) -> Tensor:
+    """Weights of a matrix's channels, the square roots of their Fisher information.
+
+    FWSVD, section 4: the diagonal of Î. The floor is not in the paper, which divides by Î.
 
     Args:
-        fisher: Squared gradients summed over each row, ``[out]``.
+        fisher: Squared gradients summed over the weights of each channel, ``[n]``.
 
     Returns:
-        ``[out]``, none below 1e-6 of the largest; ones where no gradient came at all.
+        ``[n]``, none below 1e-6 of the largest; ones where no gradient came at all.
     """
     weights = fisher.double().clamp(min=0).sqrt()
     largest = weights.max()
     if not bool(largest > 0):
         return torch.ones_like(weights)
-    return weights.clamp(min=LEAST_ROW * float(largest))
+    return weights.clamp(min=LEAST_FISHER * float(largest))
 
 
-def column_weights(mean: Tensor, alpha: float) -> Tensor:
-    """Weights of a matrix's columns: ``(mean |x_j|)^α + 1e-6`` (ASVD).
+def magnitude_weights(mean: Tensor, alpha: float) -> Tensor:
+    """Weights of a matrix's inputs: ``(mean |x_j|)^α``, ASVD's eq. 8, and 1e-6 as in its code.
 
     Args:
         mean: Mean magnitude of each input channel, ``[in]``.
         alpha: 0 weighs all alike.
     """
-    return mean.double().clamp(min=0) ** alpha + LEAST_COLUMN
+    return mean.double().clamp(min=0) ** alpha + LEAST_MAGNITUDE
 
 
 def pooled_mean(total: Tensor, count: int, least: int, mean: Tensor) -> Tensor:

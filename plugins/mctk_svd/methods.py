@@ -1,4 +1,4 @@
-"""Plain SVD, and the two that weigh rows (FWSVD) or columns (ASVD) before it, as methods."""
+"""Plain SVD, and the two that weigh a matrix's channels before it, FWSVD and ASVD, as methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class _Svd(Method):
     takes_size = True
     # They know what they remove from the (weighted) weights, not what that does to any output.
     units = "score"
-    _ordered: Literal["", "out", "in"] = ""  # the side of a bank whose channels are weighed
+
+    def _side(self, options: Any) -> Literal["", "input", "output"]:
+        """The side of a bank whose channels are weighed."""
+        return ""
 
     @abstractmethod
     def _parts(
@@ -40,7 +43,7 @@ class _Svd(Method):
 
     def layout(self, banks: Layer, size: int | None, options: LowRankOptions) -> Terms:
         """Two factors for every member."""
-        self._check_order(decompose.only(banks))
+        self._check_order(decompose.only(banks), options)
         return decompose.layout(banks, size, options)
 
     def curve(self, banks: Layer, statistics: Any, options: LowRankOptions) -> list[float]:
@@ -58,19 +61,19 @@ class _Svd(Method):
         self, bank: Bank, statistics: Any, size: int | None, options: LowRankOptions
     ) -> list[Term]:
         """Replaces the bank's matrices by their best approximations of rank `size`."""
-        self._check_order(bank)
+        self._check_order(bank, options)
         dense = decompose.matrices(bank)
         parts = self._parts(bank, dense, statistics, options)
         return decompose.replace(bank, dense, parts, size, options)
 
-    def _check_order(self, bank: Bank) -> None:
+    def _check_order(self, bank: Bank, options: LowRankOptions) -> None:
         """Channels are weighed by what the original's did: an expert's must be where they were.
 
         Raises:
             UserError: A merge came before, which may have reordered an expert's neurons.
         """
-        neurons = "in" if bank.name == "experts.down" else "out"
-        if not bank.name.startswith("experts.") or neurons != self._ordered:
+        neurons = "input" if bank.name == "experts.down" else "output"
+        if not bank.name.startswith("experts.") or neurons != self._side(options):
             return
         dense = decompose.matrices(bank)
         shared = any(len(group) > 1 for group in decompose.members_of_slots(dense))
@@ -82,7 +85,10 @@ class _Svd(Method):
 
 
 class Svd(_Svd):
-    """Truncated SVD of every matrix, without any data."""
+    """Truncated SVD of every matrix, without any data: Eckart and Young (1936).
+
+    The baseline "SVD" of arXiv 2403.07378, section 4.1 and Table 1.
+    """
 
     name = "svd"
     summary = "Truncated SVD of every matrix by itself; needs no data."
@@ -100,6 +106,11 @@ class Svd(_Svd):
 class FwsvdOptions(LowRankOptions):
     """Options of `fwsvd`."""
 
+    side: Literal["input", "output"] = Field(
+        default="input",
+        description="what Fisher information is summed over: all weights that read an input, as in "
+        "the paper, or all that give an output",
+    )
     labels: Literal["data", "model"] = Field(
         default="data",
         description="data: gradients of the calibration text's own next tokens; model: of tokens "
@@ -108,30 +119,37 @@ class FwsvdOptions(LowRankOptions):
 
 
 class Fwsvd(_Svd):
-    """SVD after weighing every output row by the square root of its Fisher information."""
+    """SVD after weighing every channel by the square root of its Fisher information.
+
+    FWSVD, Hsu et al., ICLR 2022 (arXiv 2207.00112), section 4, eq. 5 and 6. Its layer is ``x W``
+    with W [in, out] (section 2.1, eq. 2): the rows that it weighs are our columns.
+    """
 
     name = "fwsvd"
-    summary = "SVD with rows weighted by their Fisher information; takes a backward sweep."
+    summary = "SVD with channels weighted by their Fisher information; takes a backward sweep."
     reference = "arXiv 2207.00112"
     Options = FwsvdOptions
-    _ordered = "out"
 
     def needs(self, shape: BankShape, bank: str, options: FwsvdOptions) -> list[Need]:
-        """The squared gradients of every row, summed."""
-        from mctk.statistics import RowFisher
+        """The squared gradients, summed over each channel's weights (section 2.2)."""
+        from mctk.statistics import ChannelFisher
 
-        return [RowFisher(bank, options.labels)]
+        return [ChannelFisher(bank, options.side, options.labels)]
+
+    def _side(self, options: FwsvdOptions) -> Literal["", "input", "output"]:
+        return options.side
 
     def _parts(
         self, bank: Bank, dense: Dense, statistics: Any, options: FwsvdOptions
     ) -> Iterator[Truncatable]:
-        from mctk.statistics import RowFisher
+        from mctk.statistics import ChannelFisher
 
-        from mctk_svd.math import ScaledSVD, row_weights
+        from mctk_svd.math import ScaledSVD, fisher_weights
 
-        fisher = statistics[RowFisher(bank.name, options.labels)]
+        fisher = statistics[ChannelFisher(bank.name, options.side, options.labels)]
+        side = "columns" if options.side == "input" else "rows"
         for slot, group in enumerate(decompose.members_of_slots(dense)):
-            yield ScaledSVD(dense.weight[slot], rows=row_weights(fisher[group].sum(0)))
+            yield ScaledSVD(dense.weight[slot], **{side: fisher_weights(fisher[group].sum(0))})
 
 
 class AsvdOptions(LowRankOptions):
@@ -152,13 +170,16 @@ class AsvdOptions(LowRankOptions):
 
 
 class Asvd(_Svd):
-    """SVD after scaling every input column by its channel's mean magnitude to the power alpha."""
+    """SVD after scaling every input column by its channel's mean magnitude to the power alpha.
+
+    ASVD, Yuan et al. (arXiv 2312.05821v4), eq. 3 to 8, with the "abs mean" transform of eq. 8; its
+    search for a rank of each matrix (section 3.4) is not here.
+    """
 
     name = "asvd"
     summary = "SVD with columns scaled by the mean magnitude of their activations."
     reference = "arXiv 2312.05821"
     Options = AsvdOptions
-    _ordered = "in"
 
     def needs(self, shape: BankShape, bank: str, options: AsvdOptions) -> list[Need]:
         """The sums of the magnitudes of what enters every member."""
@@ -166,12 +187,15 @@ class Asvd(_Svd):
 
         return [ChannelMagnitude(bank)]
 
+    def _side(self, options: AsvdOptions) -> Literal["", "input", "output"]:
+        return "input"
+
     def _parts(
         self, bank: Bank, dense: Dense, statistics: Any, options: AsvdOptions
     ) -> Iterator[Truncatable]:
         from mctk.statistics import ChannelMagnitude
 
-        from mctk_svd.math import ScaledSVD, column_weights, pooled_mean
+        from mctk_svd.math import ScaledSVD, magnitude_weights, pooled_mean
 
         magnitude = statistics[ChannelMagnitude(bank.name)]
         groups = decompose.members_of_slots(dense)
@@ -182,4 +206,4 @@ class Asvd(_Svd):
         for slot, group in enumerate(groups):
             total = magnitude.value[group].double().sum(0)
             mean = pooled_mean(total, counts[slot], least, layer)
-            yield ScaledSVD(dense.weight[slot], columns=column_weights(mean, options.alpha))
+            yield ScaledSVD(dense.weight[slot], columns=magnitude_weights(mean, options.alpha))

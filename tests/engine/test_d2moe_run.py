@@ -10,7 +10,7 @@ import torch
 from mctk.checkpoint import Source
 from mctk.engine import run
 from mctk.errors import UserError
-from mctk.plan import describe, make_plan
+from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.runtime import dynamic_pruning

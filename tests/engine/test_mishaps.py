@@ -12,7 +12,7 @@ from mctk.engine import run
 from mctk.errors import UserError
 from mctk.evaluate import evaluate_model
 from mctk.hookspecs import Method, hookimpl
-from mctk.plan import make_plan
+from mctk.planning import make_plan
 from mctk.recipe import Evaluate, PerplexityText, load_recipe
 from mctk.registry import Registry, load_plugins
 from safetensors.torch import load_file, save_file

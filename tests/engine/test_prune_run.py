@@ -14,7 +14,7 @@ from mctk.checkpoint import Source
 from mctk.data import calibration_windows
 from mctk.engine import run
 from mctk.errors import UserError
-from mctk.plan import describe, make_plan
+from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.runtime import observe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mctk.checkpoint import Source
 from mctk.engine import run
-from mctk.plan import describe, make_plan
+from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.sweep import StreamedModel, stream_logits
 from safetensors.torch import load_file

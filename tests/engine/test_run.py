@@ -56,7 +56,7 @@ def test_sizes_of_plan_terms_and_files_agree(write_recipe, registry, cache, tmp_
 @pytest.mark.parametrize("unit", ["parameters", "bytes"])
 @pytest.mark.parametrize("of", ["model", "experts", "targets"])
 def test_budgets_are_met_in_every_unit_and_scope(write_recipe, registry, cache, of, unit, storage):
-    from mctk.plan import make_plan
+    from mctk.planning import make_plan
 
     path = write_recipe(
         budget={"remove": 0.3, "of": of, "unit": unit},

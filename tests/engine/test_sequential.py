@@ -12,7 +12,7 @@ import pytest
 import torch
 from mctk.engine import run
 from mctk.engine.run import read_calibration
-from mctk.plan import describe, make_plan
+from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.statistics import ExpertFrequency, RoutedOutputs, SecondMoment

@@ -13,7 +13,7 @@ import torch
 from mctk.checkpoint import Source
 from mctk.engine import run
 from mctk.errors import RecipeError
-from mctk.plan import describe, make_plan
+from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DeepseekV3PreTrainedModel

@@ -7,7 +7,7 @@ import torch
 from mctk.checkpoint import Source
 from mctk.errors import UserError
 from mctk.models import auto_class_name, bank_sites, build, find_layers, language_part, side_parts
-from mctk.plan import count_model, side_sizes
+from mctk.planning import count_model, side_sizes
 from mctk.sweep import StreamedModel
 from transformers import AutoConfig
 

@@ -12,7 +12,7 @@ from mctk.engine import run
 from mctk.errors import UserError
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
-from mctk.statistics import ChannelMagnitude, LayerStatistics, Magnitude, RowFisher
+from mctk.statistics import ChannelFisher, ChannelMagnitude, LayerStatistics, Magnitude
 from mctk.terms import DENSE, Bank, BankShape, Dense
 from mctk_svd.methods import Asvd, AsvdOptions, Fwsvd, FwsvdOptions, Svd
 from tiny_run import DEMO, cache, mixtral, write_recipe  # noqa: F401
@@ -29,11 +29,20 @@ def make_bank(size, members=3, slots=None, name="experts.gate"):
     return Bank(name, 3, shape, [Dense(shape, slots, weight)])
 
 
-def fisher(bank, labels="data", value=None):
+def entries(bank):
+    """Squared gradients of all weights, [members, out, in]; their sums are far from even."""
     generator = torch.Generator().manual_seed(1)
-    members, out = bank.shape.members, bank.shape.out_features
-    value = torch.rand(members, out, generator=generator) ** 4 if value is None else value
-    return LayerStatistics(3, {RowFisher(bank.name, labels): value}, {bank.name})
+    shape = bank.shape.members, bank.shape.out_features, bank.shape.in_features
+    of = [torch.rand(shape[0], n, generator=generator) ** 4 for n in shape[1:]]
+    return of[0][:, :, None] * of[1][:, None] * torch.rand(shape, generator=generator)
+
+
+def fisher(bank, value=None):
+    sums = {"input": entries(bank).sum(1), "output": entries(bank).sum(2)}
+    known = {
+        ChannelFisher(bank.name, side): of if value is None else value for side, of in sums.items()
+    }
+    return LayerStatistics(3, known, {bank.name})
 
 
 def magnitude(bank, counts=(100, 200, 300), value=None):
@@ -63,12 +72,13 @@ def distance(a, b):
 @pytest.mark.parametrize("storage", ["plain", "pivoted"])
 def test_the_best_of_its_rank_in_the_weighted_norm(size, storage):
     bank = make_bank(size)
-    options = FwsvdOptions(storage=storage)
-    (term,) = Fwsvd().decompose(bank, fisher(bank), 5, options)
-    for member in range(3):
-        rows = fisher(bank)[RowFisher(bank.name)][member].sqrt()
-        expected = best(bank.terms[0].weight[member], 5, rows=rows)
-        assert distance(term.materialise(member)[0], expected) < 1e-4
+    for side, weighed in (("input", "columns"), ("output", "rows")):
+        options = FwsvdOptions(storage=storage, side=side)
+        (term,) = Fwsvd().decompose(bank, fisher(bank), 5, options)
+        for member in range(3):
+            weights = fisher(bank)[ChannelFisher(bank.name, side)][member].sqrt()
+            expected = best(bank.terms[0].weight[member], 5, **{weighed: weights})
+            assert distance(term.materialise(member)[0], expected) < 1e-4
     (term,) = Asvd().decompose(bank, magnitude(bank), 5, AsvdOptions(storage=storage))
     for member in range(3):
         mean = magnitude(bank)[ChannelMagnitude(bank.name)].mean()[member]
@@ -77,12 +87,34 @@ def test_the_best_of_its_rank_in_the_weighted_norm(size, storage):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_fwsvd_solves_the_papers_problem(size):
+    """In its own notation: ``y = x W`` with W [in, out], and the rows of W weighed."""
+    bank = make_bank(size)
+    (term,) = Fwsvd().decompose(bank, fisher(bank), 5, FwsvdOptions())
+    others = [
+        Svd().decompose(bank, None, 5, LowRankOptions())[0],
+        Fwsvd().decompose(bank, fisher(bank), 5, FwsvdOptions(side="output"))[0],
+    ]
+    for member in range(3):
+        w = bank.terms[0].weight[member].T.double()
+        importance = entries(bank)[member].T.double().sum(1).sqrt().diag()
+        u, s, v = torch.linalg.svd(importance @ w, full_matrices=False)
+        product = importance.inverse() @ (u[:, :5] * s[:5]) @ v[:5]
+        assert distance(term.materialise(member)[0].T, product) < 1e-4
+        lost, *more = (
+            float((importance @ (w - other.materialise(member)[0].T)).norm())
+            for other in (term, *others)
+        )
+        assert all(lost < 0.9 * other for other in more)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_full_rank_is_the_identity(size):
     bank = make_bank(size)
-    zero_row = fisher(bank)[RowFisher(bank.name)].clone()
-    zero_row[:, 0] = 0
+    zero = fisher(bank)[ChannelFisher(bank.name, "input")].clone()
+    zero[:, 0] = 0
     for found in (
-        Fwsvd().decompose(bank, fisher(bank, value=zero_row), 12, FwsvdOptions()),
+        Fwsvd().decompose(bank, fisher(bank, value=zero), 12, FwsvdOptions()),
         Asvd().decompose(bank, magnitude(bank), 12, AsvdOptions()),
     ):
         for member in range(3):
@@ -93,7 +125,7 @@ def test_full_rank_is_the_identity(size):
 def test_even_weights_are_plain_svd(size):
     bank = make_bank(size)
     (plain,) = Svd().decompose(bank, None, 4, LowRankOptions())
-    even = 7.0 * torch.ones(3, size[0])
+    even = 7.0 * torch.ones(3, size[1])
     cases = [
         Fwsvd().decompose(bank, fisher(bank, value=even), 4, FwsvdOptions()),
         Fwsvd().decompose(bank, fisher(bank, value=0 * even), 4, FwsvdOptions()),
@@ -129,16 +161,18 @@ def test_every_option_changes_something():
     assert distance(first(), first(few_tokens="keep")) > 1e-3
     assert distance(first(), first(min_tokens=1000)) > 1e-3
     assert distance(first(min_tokens=10), first(few_tokens="keep")) == 0
-    both = {
-        RowFisher(bank.name, labels): torch.rand(3, 12, generator=torch.Generator().manual_seed(n))
-        for n, labels in enumerate(("data", "model"))
-    }
-    statistics = LayerStatistics(3, both, {bank.name})
-    data, model = (
-        Fwsvd().decompose(bank, statistics, 4, FwsvdOptions(labels=labels))[0].materialise(0)[0]
+    generator = torch.Generator().manual_seed(5)
+    every = {
+        ChannelFisher(bank.name, side, labels): torch.rand(3, n, generator=generator)
+        for side, n in (("input", 20), ("output", 12))
         for labels in ("data", "model")
+    }
+    statistics = LayerStatistics(3, every, {bank.name})
+    data, model, output = (
+        Fwsvd().decompose(bank, statistics, 4, FwsvdOptions(**options))[0].materialise(0)[0]
+        for options in ({}, {"labels": "model"}, {"side": "output"})
     )
-    assert distance(data, model) > 1e-3
+    assert distance(data, model) > 1e-3 and distance(data, output) > 1e-3
 
 
 def test_few_tokens():
@@ -159,19 +193,23 @@ def test_few_tokens():
 
 
 def test_merged_members_share_their_statistics_where_their_channels_are_in_place():
+    output = FwsvdOptions(side="output")
     down = make_bank((12, 20), slots=[0, 1, 0], name="experts.down")
-    (term,) = Fwsvd().decompose(down, fisher(down), 4, FwsvdOptions())
-    rows = fisher(down)[RowFisher(down.name)][[0, 2]].sum(0).sqrt()
+    (term,) = Fwsvd().decompose(down, fisher(down), 4, output)
+    rows = fisher(down)[ChannelFisher(down.name, "output")][[0, 2]].sum(0).sqrt()
     assert distance(term.materialise(0)[0], best(down.terms[0].weight[0], 4, rows=rows)) < 1e-4
     with pytest.raises(UserError, match="merged before, and its neurons may have changed places"):
         Asvd().decompose(down, magnitude(down), 4, AsvdOptions())
+    with pytest.raises(UserError, match=r"decompose/fwsvd: experts.down of layer 3 was merged"):
+        Fwsvd().decompose(down, fisher(down), 4, FwsvdOptions())
     gate = make_bank((12, 20), slots=[0, 1, 0])
     with pytest.raises(UserError, match=r"decompose/fwsvd: .* of layer 3 was merged"):
-        Fwsvd().layout({gate.name: gate}, 4, FwsvdOptions())
+        Fwsvd().layout({gate.name: gate}, 4, output)
     Asvd().decompose(gate, magnitude(gate), 4, AsvdOptions())
+    Fwsvd().layout({gate.name: gate}, 4, FwsvdOptions())
     dropped = make_bank((12, 20), slots=[0, None, 1])
-    (term,) = Fwsvd().decompose(dropped, fisher(dropped), 4, FwsvdOptions())
-    rows = fisher(dropped)[RowFisher(dropped.name)][2].sqrt()
+    (term,) = Fwsvd().decompose(dropped, fisher(dropped), 4, output)
+    rows = fisher(dropped)[ChannelFisher(dropped.name, "output")][2].sqrt()
     assert distance(term.materialise(2)[0], best(dropped.terms[0].weight[1], 4, rows=rows)) < 1e-4
 
 

@@ -10,7 +10,7 @@ from mctk.decompose import moment_need
 from mctk.engine import run
 from mctk.errors import RecipeError
 from mctk.linalg import metric_svd, update_left
-from mctk.plan import make_plan
+from mctk.planning import make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.statistics import LayerStatistics

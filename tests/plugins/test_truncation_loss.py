@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mctk.engine import run
 from mctk.errors import UserError
 from mctk.hookspecs import Method
-from mctk.plan import make_plan
+from mctk.planning import make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 from mctk.terms import SizeCurve

@@ -10,7 +10,7 @@ import torch
 from mctk.errors import UserError
 from mctk.models import bank_sites, installed, read_banks
 from mctk.runtime import experts_forward, observe_gradients
-from mctk.statistics import Fisher, GradientCollector, RowFisher
+from mctk.statistics import ChannelFisher, Fisher, GradientCollector
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -222,24 +222,28 @@ def test_experts_of_every_layout(family):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "ungated"])
-def test_rows_are_the_sums_of_what_entries_are(family):
+def test_channels_are_the_sums_of_what_entries_are(family):
     layer, forward = moe(family)
     layer.requires_grad_(False)
     banks = [name for name in bank_sites(layer) if name.startswith("experts.")]
     x = torch.randn(12, 32, generator=torch.Generator().manual_seed(6))
+    channels = [ChannelFisher(bank, side) for bank in banks for side in ("input", "output")]
+    entries = [Fisher(bank) for bank in banks]
     found = []
-    for kinds in ((Fisher, RowFisher), (RowFisher,)):
-        needs = [kind(bank) for kind in kinds for bank in banks]
+    for needs in (entries + channels, channels, channels[::2]):
         collector = GradientCollector(layer, 0, bank_sites(layer), needs, 4, CPU)
         with collector.listening():
             given = x.clone().requires_grad_()
             torch.autograd.grad(forward(given).square().sum(), given)
         found.append(collector.result())
-    for bank in banks:
-        rows = found[0][RowFisher(bank)]
-        torch.testing.assert_close(rows, found[0][Fisher(bank)].sum(-1), rtol=1e-5, atol=1e-6)
-        assert rows.dtype == torch.float32
-        assert torch.equal(rows, found[1][RowFisher(bank)])  # whoever else asks
+    for need in channels:
+        sums = found[0][need]
+        over = -2 if need.side == "input" else -1
+        expected = found[0][Fisher(need.bank)].sum(over)
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)
+        assert sums.dtype == torch.float32
+        # Whoever else asks.
+        assert all(torch.equal(sums, other[need]) for other in found[1:] if need in other)
 
 
 def test_listening_ends():

@@ -7,6 +7,7 @@ manager, so two of them live side by side in one process.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import traceback
@@ -144,6 +145,16 @@ class Registry:
     def plugin_of(self, method: Method) -> PluginInfo:
         """Returns the plugin that brought a method."""
         return self._owners[method.stage, method.name]
+
+    def replaced(self, method: Method) -> Registry:
+        """Returns the same plugins with another object in a method's place (`mctk.testing`).
+
+        Args:
+            method: Does the work of the registered method of its stage and name.
+        """
+        found = copy.copy(self)
+        found._methods = {**self._methods, (method.stage, method.name): method}
+        return found
 
     def register_kinds(self) -> None:
         """Makes the plugins' kinds of term known to `mctk.terms`; loads torch."""

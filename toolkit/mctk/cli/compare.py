@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mctk.compare.file import LoadedComparison
+    from mctk.comparison.file import LoadedComparison
     from mctk.registry import Registry
 
 EPILOG = """\b
@@ -115,8 +115,8 @@ def command(
     FILE is a comparison's file, or several recipes.
     """
     started = time.perf_counter()
-    from mctk.compare.file import load_comparison
-    from mctk.compare.run import run_comparison
+    from mctk.comparison.file import load_comparison
+    from mctk.comparison.run import run_comparison
     from mctk.registry import load_plugins
 
     registry = load_plugins()
@@ -139,11 +139,11 @@ def command(
         started=started,
     )
     if as_json:
-        from mctk.compare.result import to_json
+        from mctk.comparison.result import to_json
 
         click.echo(json.dumps(to_json(found), indent=2, ensure_ascii=False))
     else:
-        from mctk.compare.terminal import terminal
+        from mctk.comparison.terminal import terminal
 
         terminal(found)
         click.echo(f"\nin {loaded.output}: comparison.html, .md, .csv, .json, .tex; rows/")
@@ -157,7 +157,7 @@ def command(
 def _print_plan(loaded: LoadedComparison, registry: Registry, as_json: bool) -> None:
     """Prints every row's plan; exits with 1 if one is refused."""
     from mctk.cli.tables import print_table
-    from mctk.compare.planning import preview
+    from mctk.comparison.planning import preview
     from mctk.report.tables import count, percent, size
 
     found = list(preview(loaded, registry))

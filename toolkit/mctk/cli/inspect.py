@@ -50,7 +50,7 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
     """Architecture, sizes, banks and terms of a checkpoint, as JSON data."""
     from mctk.checkpoint import experts_per_token, size_of_tensors, terms_in
     from mctk.models import bank_sites
-    from mctk.plan import count_model, side_sizes
+    from mctk.planning import count_model, side_sizes
 
     config = model.config.get_text_config()
     rows = []

@@ -32,7 +32,7 @@ FORMATS = {
 def command(recipe: str, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Check RECIPE and show what it will do and cost."""
     from mctk.evaluate.loading import resolve_device
-    from mctk.plan import describe, make_plan
+    from mctk.planning import describe, make_plan
     from mctk.recipe import load_recipe
     from mctk.registry import load_plugins
 

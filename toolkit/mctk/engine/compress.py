@@ -20,7 +20,7 @@ from ..evaluate.loading import free_memory
 from ..files import write_tensors
 from ..linalg import remembered
 from ..models import BankSite, installed, read_banks
-from ..plan import TRACE_TOKENS, Plan, Size, check_kept
+from ..planning import TRACE_TOKENS, Plan, Size, check_kept
 from ..statistics import ExpertFrequency, LayerSamples, LayerStatistics, RoutedOutputs
 from ..sweep import LayerCall, Passed, StreamedModel
 from ..terms import Bank

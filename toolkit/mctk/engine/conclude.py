@@ -17,7 +17,7 @@ from ..evaluate import LogitStore, compare, evaluate_model
 from ..evaluate.loading import text_stamps, versions
 from ..files import write_json, write_text
 from ..models import auto_class_name
-from ..plan import (
+from ..planning import (
     TOLERANCE,
     at_most,
     byte_warnings,
@@ -36,7 +36,7 @@ from .progress import Reporter
 from .shards import experts_kept
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..planning import Plan
     from ..recipe import Evaluate
     from ..registry import Registry
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..files import write_json
 from ..linalg import remembered
-from ..plan import Plan
+from ..planning import Plan
 from ..sweep import StreamedModel
 from ..terms import DENSE, SizeCurve
 from .compress import LiveLayer, Run, Sample, room_for_directions

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..files import write_text
-from ..plan import count_model, uniform
+from ..planning import count_model, uniform
 from ..runtime import meta_tensors
 from ..terms import Bank, Term, compact
 from .compress import Run, Sample

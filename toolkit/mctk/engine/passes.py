@@ -11,7 +11,7 @@ from ..notes import collect
 from ..terms import Bank, Bias, Term
 
 if TYPE_CHECKING:
-    from ..plan import Plan, Size
+    from ..planning import Plan, Size
     from ..recipe import Step
 
 Banks = dict[str, Bank]

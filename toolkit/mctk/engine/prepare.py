@@ -31,7 +31,7 @@ from .prepared import PreparedStore
 from .progress import Reporter
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..planning import Plan
     from ..sweep import StreamedModel
 
 FREE_SHARE = 0.9  # of the free disk, what hidden states may take

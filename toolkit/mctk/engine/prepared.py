@@ -26,7 +26,7 @@ from ..statistics.cache import CHECKSUM, checksum
 from ..terms import Bank, Dense, Term
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..planning import Plan
 
 Banks = dict[str, Bank]
 _LOGGER = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..evaluate.loading import load_tokenizer, resolve_device
 from ..files import write_json
 from ..models import has_expert_list
-from ..plan import Plan, count_windows, make_plan
+from ..planning import Plan, count_windows, make_plan
 from ..recipe import draw_calibration
 from ..statistics import Need, StatisticsCache, cache_directory
 from ..terms import SizeCurve

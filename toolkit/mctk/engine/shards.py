@@ -16,14 +16,14 @@ from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import UserError
 from ..files import write_json, write_tensors
 from ..models import find_router, keeps_form, module_specs, module_tensors, neighbours, own_tensors
-from ..plan import config_without, layer_shares, only_prunes, uniform
+from ..planning import config_without, layer_shares, only_prunes, uniform
 from ..runtime import checkpoint_config, resized_entry, tensor_elements
 from ..terms import Bank, PackedTensor, Term, compact, packed_bits, removed_members
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan import Plan, Size
+    from ..planning import Plan, Size
 
 # What a model directory holds beside weights that a user of the model needs: tokenizer, what turns
 # images and sound into tensors, licence and code.

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..models import BankSite, installed, neighbours
-from ..plan import TRACE_TOKENS
+from ..planning import TRACE_TOKENS
 from ..runtime import observe
 from ..statistics import LayerPassed, LayerSamples, LayerStatistics
 from ..sweep import LayerCall, Passed, StreamedModel

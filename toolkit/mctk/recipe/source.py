@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 from yaml.nodes import Node, ScalarNode, SequenceNode
 
-from mctk.errors import RecipeError, UserError
+from mctk.errors import RecipeError, UserError, nearest
 from mctk.hookspecs import STAGES
 from mctk.recipe.published import published
+from mctk.recipe.shipped import recipe_path, shipped_names
 
 KeyPath = tuple[str | int, ...]
 # Keys of one mapping that exclude each other: setting one on the command line drops the others.
@@ -68,7 +69,7 @@ class RecipeSource:
         if isinstance(origin, Mapping):
             self.data: dict[str, Any] = json.loads(json.dumps(origin, default=str))
             return
-        self.file = Path(origin)
+        self.file = recipe_path(origin)
         node = self._compose(self.file)
         value = self._build(node, (), ())
         if not isinstance(value, dict):
@@ -152,7 +153,8 @@ class RecipeSource:
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"cannot be read: {error.strerror}", file) from error
+            hint = "" if file.suffix else nearest(file.name, shipped_names())
+            raise RecipeError(f"cannot be read: {error.strerror}{hint}", file) from error
         except UnicodeDecodeError as error:
             raise RecipeError("is not UTF-8 text", file) from error
         try:

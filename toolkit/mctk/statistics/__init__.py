@@ -5,6 +5,7 @@ from .collect import LayerCollector
 from .gradients import GradientCollector
 from .needs import (
     ChannelEnergy,
+    ChannelFisher,
     ChannelMagnitude,
     ExpertFrequency,
     ExpertMeans,
@@ -16,7 +17,6 @@ from .needs import (
     RoutedOutputs,
     RouterLogits,
     RouterWeight,
-    RowFisher,
     SecondMoment,
 )
 from .routed import RoutedSum
@@ -26,6 +26,7 @@ from .values import LayerStatistics, Magnitude, Moment, OutputSums, RoutedSample
 
 __all__ = [
     "ChannelEnergy",
+    "ChannelFisher",
     "ChannelMagnitude",
     "ExpertFrequency",
     "ExpertMeans",
@@ -45,7 +46,6 @@ __all__ = [
     "RoutedSum",
     "RouterLogits",
     "RouterWeight",
-    "RowFisher",
     "SecondMoment",
     "StatisticsCache",
     "cache_directory",

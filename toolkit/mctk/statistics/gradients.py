@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..runtime import TermModule, gate_up_rows, observe_forwards, observe_gradients
-from .needs import Fisher, Need, RowFisher
+from .needs import ChannelFisher, Fisher, Need
 
 if TYPE_CHECKING:
     from ..models import BankSite
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Squares:
-    """Sums of squared gradients of one bank, of every entry, of every row, or both.
+    """Sums of squared gradients of one bank, of every entry, of channels, or all of them.
 
     Attributes:
         rows: Which of the outputs that the module computes at once are the bank's.
         gradient: Room for one matrix, [out, in].
         entries: float32 [members, out, in], if asked for.
-        row_sums: float64 [members, out], if asked for.
+        channels: By side, as far as asked for: float64 [members, in] and [members, out].
     """
 
     rows: slice
     gradient: torch.Tensor
     entries: torch.Tensor | None = None
-    row_sums: torch.Tensor | None = None
+    channels: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, member: int, x: torch.Tensor, grad: torch.Tensor, counts: list[int]) -> None:
         """Adds the squares of a member's rows x [n, in] and grad [n, ...], `counts` a sequence."""
@@ -46,8 +46,10 @@ class _Squares:
                 torch.mm(outputs.T, inputs, out=self.gradient)
                 if self.entries is not None:
                     self.entries[member].addcmul_(self.gradient, self.gradient)
-                if self.row_sums is not None:
-                    self.row_sums[member] += self.gradient.square_().sum(1)
+                if self.channels:
+                    self.gradient.square_()
+                    for side, total in self.channels.items():
+                        total[member] += self.gradient.sum(0 if side == "input" else 1)
 
 
 class _Tap:
@@ -113,8 +115,8 @@ class GradientCollector:
         layer: The decoder layer.
         index: Its number.
         sites: Its bank sites by name.
-        needs: The `Fisher` and `RowFisher` needs among them are collected; all of the labels that
-            the sweep runs with.
+        needs: The `Fisher` and `ChannelFisher` needs among them are collected; all of the labels
+            that the sweep runs with.
         tokens_per_sequence: T; batches hold whole sequences, one after the other.
         device: Where sums are kept: where the layer computes.
 
@@ -131,7 +133,7 @@ class GradientCollector:
         tokens_per_sequence: int,
         device: torch.device,
     ) -> None:
-        wanted = [need for need in needs if isinstance(need, Fisher | RowFisher)]
+        wanted = [need for need in needs if isinstance(need, Fisher | ChannelFisher)]
         if len({need.labels for need in wanted}) > 1:
             raise ValueError("one sweep has gradients for one kind of labels")
         self.taps: dict[str, _Tap] = {}
@@ -163,7 +165,10 @@ class GradientCollector:
             if isinstance(need, Fisher):
                 squares.entries = torch.zeros(members, out, columns, device=device)
             else:
-                squares.row_sums = torch.zeros(members, out, dtype=torch.float64, device=device)
+                channels = columns if need.side == "input" else out
+                squares.channels[need.side] = torch.zeros(
+                    members, channels, dtype=torch.float64, device=device
+                )
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -180,7 +185,7 @@ class GradientCollector:
             yield
 
     def result(self) -> dict[Need, torch.Tensor]:
-        """Mean squared gradients, float32: [members, out, in] where they were summed, or [.., out].
+        """Mean squared gradients, float32: [members, out, in], or [members, channels] of sums.
 
         Divides in place: it is called once.
 
@@ -193,7 +198,7 @@ class GradientCollector:
             tap.check()
             if not tap.sequences:
                 raise UserError(f"{tap.name}: was not run; it has no Fisher information")
-            total = squares.entries if isinstance(need, Fisher) else squares.row_sums
+            total = squares.entries if isinstance(need, Fisher) else squares.channels[need.side]
             assert total is not None
             values[need] = total.div_(tap.sequences).float()
         return values

@@ -171,15 +171,21 @@ class ChannelMagnitude(Need):
 
 
 @dataclass(frozen=True)
-class RowFisher(Need):
-    """Squared gradients summed over each output row of a bank: float32 [members, out].
+class ChannelFisher(Need):
+    """Squared gradients summed over each channel's weights: float32 [members, in] or [.., out].
 
-    The row sums of `Fisher`; small enough to keep. Attributes as there.
+    `Fisher` summed over its rows or columns; small enough to keep.
+
+    Attributes:
+        bank: The bank's name.
+        side: "input" sums over all weights that read an input, "output" over all that give one.
+        labels: As in `Fisher`.
     """
 
     gradient: ClassVar[bool] = True
 
     bank: str
+    side: Literal["input", "output"]
     labels: Literal["data", "model"] = "data"
 
 

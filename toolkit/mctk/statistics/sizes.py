@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .needs import (
     ChannelEnergy,
+    ChannelFisher,
     ChannelMagnitude,
     ExpertFrequency,
     ExpertMeans,
@@ -18,7 +19,6 @@ from .needs import (
     RoutedOutputs,
     RouterLogits,
     RouterWeight,
-    RowFisher,
     SecondMoment,
 )
 
@@ -52,8 +52,10 @@ def size_of(
         return sites[need.bank].shape.members * (4 * sites[need.bank].shape.in_features + 8)
     if isinstance(need, Fisher):
         return 4 * sites[need.bank].shape.parameters
-    if isinstance(need, RowFisher):
-        return 4 * sites[need.bank].shape.members * sites[need.bank].shape.out_features
+    if isinstance(need, ChannelFisher):
+        shape = sites[need.bank].shape
+        channels = shape.in_features if need.side == "input" else shape.out_features
+        return 4 * shape.members * channels
     if isinstance(need, LayerSamples | LayerPassed):
         return -(-need.tokens // length) * length * hidden * itemsize
     experts = max((s.shape.members for s in sites.values() if s.part == "down"), default=0)
