@@ -128,7 +128,8 @@ def by_loss(
     Steps are taken on the lower convex hull of every curve, best error per stored number first,
     until the budget is spent: optimal but for the last step, which may not fit. A search among the
     settings that the Lagrangian bound cannot rule out closes that gap, and what still fits is
-    spent. The result is never worse than `uniform`.
+    spent. The result is never worse than `uniform`. Hulls and their slopes are Shoham and Gersho's
+    bit allocation (IEEE Trans. ASSP 36, 1988).
 
     Args:
         costs: Stored size of every setting of every item.
@@ -291,7 +292,8 @@ def by_score(costs: Costs, scores: Errors, budget: int) -> list[int]:
 
     Every item starts at its smallest setting. The next step is the one that lowers its item's score
     most (of equals that of the first item), whatever it costs, until no step fits. Where scores
-    fall by less and less and all steps cost the same that is one threshold on a step's worth.
+    fall by less and less and all steps cost the same that is one threshold on a step's worth: with
+    the shares of tokens that experts get, M-SMoE's choice of dominant experts (arXiv 2310.01334).
 
     Args:
         costs: Stored size of every setting of every item.

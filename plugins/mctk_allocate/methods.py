@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Uniform(Method):
-    """The same fraction of its own size for every item, as most papers do."""
+    """The same fraction of its own size for every item, as most papers do.
+
+    SVD-LLM (arXiv 2403.07378v5, Appendix A.8): one compression ratio for all weight matrices.
+    """
 
     stage = "allocate"
     name = "uniform"
@@ -45,7 +48,11 @@ class ByLossOptions(MethodOptions):
 
 
 class ByLoss(Method):
-    """The least summed error that the budget can buy, from the methods' own size curves."""
+    """The least summed error that the budget can buy, from the methods' own size curves.
+
+    Of no paper on compressing models: a multiple-choice knapsack by Lagrange multipliers, as in
+    Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers" (1988).
+    """
 
     stage = "allocate"
     name = "by_loss"
@@ -77,8 +84,8 @@ class ByLoss(Method):
 class ByScore(Method):
     """One threshold for all layers, on what each more of a setting is worth to its method.
 
-    M-SMoE (arXiv 2310.01334) chooses its dominant experts so: those whose share of the routed
-    tokens is above one number, in whatever layer they are.
+    M-SMoE (arXiv 2310.01334, section 3.1, "Adaptive Layer-Wise Merging Ratio") chooses its dominant
+    experts so: those whose share of the routed tokens is above one number, in whatever layer.
     """
 
     stage = "allocate"

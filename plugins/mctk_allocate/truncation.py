@@ -1,7 +1,7 @@
 """SVD-LLM V2's allocation: within each type of matrix, ratios by what truncation loses.
 
-arXiv 2503.12340, Algorithm 1, with the guards that the printed rule lacks; or, as an option, the
-marginal rule of which it is a heuristic form.
+arXiv 2503.12340v1, section 3.1, Algorithm 1, with the guards that the printed rule lacks; or, as an
+option, the marginal rule of which it is a heuristic form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def inverse_log(
 ) -> list[float]:
     """Removed shares of the matrices of one type, in proportion to 1 / log(loss).
 
-    Their mean, weighted by size, is the ratio. A share above what an item can remove is cut to
+    Lines 10 and 11 of Algorithm 1, with the weight in the place of L_min, as its text means. The
+    shares' mean, weighted by size, is the ratio. A share above what an item can remove is cut to
     that, and the others take over the rest.
 
     Args:
@@ -97,7 +98,10 @@ class TruncationLossOptions(MethodOptions):
 
 
 class TruncationLoss(Method):
-    """More of a matrix is kept where truncating it loses more, on the calibration tokens."""
+    """More of a matrix is kept where truncating it loses more, on the calibration tokens.
+
+    SVD-LLM V2, Wang et al., NAACL 2025 (arXiv 2503.12340v1), section 3.1, Algorithm 1.
+    """
 
     stage = "allocate"
     name = "truncation_loss"
@@ -151,6 +155,6 @@ class TruncationLoss(Method):
         return settings_for(costs, wanted, budget)
 
     def _loss(self, curve: SizeCurve, cost: float) -> float:
-        """``(Σ_{i>r} σ_i²)^½`` at the largest setting within a cost."""
+        """``(Σ_{i>r} σ_i²)^½`` at the largest setting within a cost: line 7 of Algorithm 1."""
         assert curve.raw is not None
         return numbers.sqrt(curve.raw[max(0, bisect_right(curve.cost, cost * (1 + 1e-12)) - 1)])

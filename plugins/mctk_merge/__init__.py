@@ -1,7 +1,8 @@
 """Experts merged into groups: M-SMoE, HC-SMoE, plain averages. See docs/methods/merge.md.
 
 Every method says which experts form a group (`grouping.py`); what is the same for all, sizes, the
-average and the terms, is in `merging.py`.
+average and the terms, is in `merging.py`. M-SMoE is arXiv 2310.01334, section 3.1 and Algorithm 1;
+HC-SMoE arXiv 2410.08589.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mctk.linalg import agglomerate
+from mctk.linalg import agglomerate, cosines
 from torch import Tensor
 
 
@@ -22,6 +22,8 @@ def shares(frequency: Tensor) -> Tensor:
 def dominant(frequency: Tensor, count: int) -> list[int]:
     """Returns the `count` experts that are chosen most often; of equals the first.
 
+    M-SMoE (arXiv 2310.01334), Algorithm 1, line 4, within one layer.
+
     Args:
         frequency: ``[E]``.
         count: From 1 to E.
@@ -37,19 +39,10 @@ def uncovered(frequency: Tensor) -> list[float]:
     return [*left[1:].tolist(), 0.0]
 
 
-def cosines(gram: Tensor) -> Tensor:
-    """Returns the cosines of columns of which the inner products ``[E, E]`` are known, float64.
-
-    A column of zeros is like no other.
-    """
-    gram = gram.double()
-    size = gram.diagonal().clamp(min=0).sqrt()
-    size = torch.where(size > 0, size, torch.full_like(size, torch.inf))
-    return gram / size / size[:, None]
-
-
 def around(leaders: Sequence[int], similarity: Tensor) -> list[list[int]]:
     """Returns groups in which every expert joins the leader that it resembles most.
+
+    M-SMoE, Algorithm 1, line 9.
 
     Args:
         leaders: Experts that lead a group; of equally similar ones the first in this order wins.
@@ -65,6 +58,8 @@ def around(leaders: Sequence[int], similarity: Tensor) -> list[list[int]]:
 
 def by_distance(points: Tensor, count: int, linkage: str, metric: str) -> list[list[int]]:
     """Returns agglomerative clusters of points.
+
+    HC-SMoE (arXiv 2410.08589), "Hierarchical Clustering of Experts": Euclidean, average linkage.
 
     Args:
         points: ``[E, H]``.

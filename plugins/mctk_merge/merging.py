@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mctk.decompose import own_matrices, part_of
+from mctk.decompose import averaged, part_of, whole_experts
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from mctk.notes import note
@@ -21,7 +21,7 @@ from pydantic import Field
 if TYPE_CHECKING:
     from mctk.hookspecs import Layer, Terms
     from mctk.statistics import Need
-    from mctk.terms import Bank, BankShape, Dense, Term
+    from mctk.terms import Bank, BankShape
     from torch import Tensor
 
 
@@ -79,20 +79,13 @@ class GroupMerge(Method):
 
     def layout(self, banks: Layer, size: int | None, options: GroupOptions) -> Terms:
         """As many slots as groups; who is in which, data will tell."""
-        import torch
-
         experts = _experts(banks)
         count = _count(banks, size)
         if count == experts:
             return {}
-        slots = [e * count // experts for e in range(experts)]
-        return {
-            name: [
-                _with_slots(term, slots, torch.empty(count, *_stack(term).shape[1:], device="meta"))
-                for term in bank.terms
-            ]
-            for name, bank in banks.items()
-        }
+        # As even as can be: under no other grouping does a token pass through more.
+        groups = [list(range(group, experts, count)) for group in range(count)]
+        return {name: averaged(bank, groups, [1] * experts) for name, bank in banks.items()}
 
     def merge(
         self, layer: Layer, statistics: Any, size: int | None, options: GroupOptions
@@ -110,43 +103,7 @@ class GroupMerge(Method):
         frequency = statistics[ExpertFrequency()].tolist() if _reads_frequency(options) else even
         scale = frequency if options.weights == "frequency" else even
         order = _orders(layer, groups, frequency) if options.align else None
-        slot_of = {e: slot for slot, group in enumerate(groups) for e in group}
-        slots = [slot_of[e] for e in range(experts)]
-        return {
-            name: [
-                _with_slots(term, slots, average(_ordered(term, name, order), groups, scale))
-                for term in bank.terms
-            ]
-            for name, bank in layer.items()
-        }
-
-
-def average(stack: Tensor, groups: Sequence[Sequence[int]], scale: Sequence[float]) -> Tensor:
-    """Returns the weighted mean of each group, ``[E, ...]`` → ``[n, ...]`` float32.
-
-    ``Σ_e a_e W_e / Σ_e a_e``; where no member has any weight, because calibration never used the
-    group, the mean. A group of one is its member, bit for bit. Sums run in float64.
-
-    Args:
-        stack: The experts' matrices or biases.
-        groups: The members of each group.
-        scale: ``a``, not negative.
-    """
-    import torch
-
-    result = torch.empty(len(groups), *stack.shape[1:], device=stack.device)
-    for slot, group in enumerate(groups):
-        share = [scale[e] for e in group]
-        if not any(share):
-            share = [1.0] * len(group)
-        if len(group) == 1:
-            result[slot] = stack[group[0]]
-            continue
-        total = torch.zeros_like(stack[0], dtype=torch.float64)
-        for e, a in zip(group, share, strict=True):
-            total.add_(stack[e].double(), alpha=float(a))
-        result[slot] = total / float(sum(share))
-    return result
+        return {name: averaged(bank, groups, scale, order) for name, bank in layer.items()}
 
 
 def seed_of(layer: int, seed: int) -> int:
@@ -170,58 +127,8 @@ def _orders(layer: Layer, groups: Sequence[Sequence[int]], frequency: Sequence[i
     from mctk.linalg import orders
 
     anchors = [max(group, key=lambda e: (frequency[e], -e)) for group in groups]
-    weights = {part_of(name): _matrices(bank).weight for name, bank in layer.items()}
+    weights = {part_of(name): whole_experts(bank).weight for name, bank in layer.items()}
     return orders(weights, groups, anchors)
-
-
-def _ordered(term: Term, name: str, order: Tensor | None) -> Tensor:
-    """The experts' matrices or biases of a term, their neurons in a new order."""
-    from mctk.linalg import reorder
-    from mctk.terms import Bias
-
-    stack = _stack(term)
-    if order is None or not isinstance(term, Bias):
-        return reorder(stack, part_of(name), order)
-    if part_of(name) == "down":
-        return stack  # down's biases belong to hidden channels
-    return stack.gather(1, order.to(stack.device))
-
-
-def _stack(term: Term) -> Tensor:
-    """What a term stores for its slots: matrices ``[E, out, in]``, or biases ``[E, out]``."""
-    from mctk.terms import Bias, Dense
-
-    assert isinstance(term, Dense | Bias)
-    return term.vector if isinstance(term, Bias) else term.weight
-
-
-def _with_slots(term: Term, slots: Sequence[int], stack: Tensor) -> Term:
-    from mctk.terms import Bias, Dense
-
-    return (Bias if isinstance(term, Bias) else Dense)(term.shape, slots, stack)
-
-
-def _matrices(bank: Bank) -> Dense:
-    """The term with the experts' own matrices.
-
-    Raises:
-        UserError: A step before has rewritten or packed them or their biases.
-    """
-    from mctk.terms import Bias, Dense
-
-    found = own_matrices(bank)
-    plain = all(
-        type(term) in (Dense, Bias)
-        and set(term.tensors()) <= {"weight", "vector"}
-        and term.slots == found.slots
-        and _stack(term).shape[0] == bank.shape.members
-        for term in bank.terms
-    )
-    if not plain:
-        raise UserError(
-            f"{bank.name} of layer {bank.layer} was rewritten by a step before: merge comes first"
-        )
-    return found
 
 
 def _experts(banks: Mapping[str, Bank]) -> int:
@@ -233,7 +140,7 @@ def _experts(banks: Mapping[str, Bank]) -> int:
     first = next(iter(banks.values()))
     experts = first.shape.members
     for bank in banks.values():
-        _matrices(bank)
+        whole_experts(bank)
         if bank.shape.members != experts:
             raise UserError(
                 f"{bank.name} of layer {bank.layer} has {bank.shape.members} members, {first.name} "

@@ -25,7 +25,10 @@ class MSmoeOptions(GroupOptions):
 
 
 class MSmoe(GroupMerge):
-    """The most used experts lead; the others join whom the router confuses them with."""
+    """The most used experts lead; the others join whom the router confuses them with.
+
+    M-SMoE (arXiv 2310.01334), section 3.1 and Algorithm 1 without its compression and fine-tuning.
+    """
 
     name = "m_smoe"
     summary = "The most used experts take in those with the most similar router logits (M-SMoE)."
@@ -42,18 +45,21 @@ class MSmoe(GroupMerge):
         self, layer: int, experts: int, statistics: Any, count: int, options: GroupOptions
     ) -> list[list[int]]:
         """Every expert that is not dominant joins the dominant one with the nearest logits."""
+        from mctk.linalg import cosines
         from mctk.statistics import ExpertFrequency, RouterLogits
 
-        from mctk_merge.grouping import around, cosines, dominant
+        from mctk_merge.grouping import around, dominant
 
         leaders = dominant(statistics[ExpertFrequency()], count)
-        return around(leaders, cosines(statistics[RouterLogits()].value[0]))
+        # Equation 1: the cosine of two columns of logits.
+        return around(leaders, cosines(statistics[RouterLogits()].value[0].double()))
 
     def curve(self, banks: Layer, statistics: Any, options: GroupOptions) -> list[float]:
         """The share of routed tokens that the dominant experts do not get.
 
         With `allocate: by_score` the step from n to n + 1 groups is worth the share of the expert
-        that becomes dominant: one threshold on that share, for all layers, as the paper has it.
+        that becomes dominant: one threshold on that share, for all layers ("Adaptive Layer-Wise
+        Merging Ratio" in M-SMoE's section 3.1).
         """
         from mctk.statistics import ExpertFrequency
 
@@ -82,7 +88,10 @@ class HcSmoeOptions(GroupOptions):
 
 
 class HcSmoe(GroupMerge):
-    """Hierarchical clusters of what the experts put out on the same tokens."""
+    """Hierarchical clusters of what the experts put out on the same tokens.
+
+    HC-SMoE (arXiv 2410.08589), "Hierarchical Clustering of Experts".
+    """
 
     name = "hc_smoe"
     summary = "Hierarchical clusters of the experts' mean outputs over all tokens (HC-SMoE)."
@@ -141,10 +150,11 @@ class Average(GroupMerge):
         self, layer: int, experts: int, statistics: Any, count: int, options: AverageOptions
     ) -> list[list[int]]:
         """Drawn, or clustered by the router's logits."""
+        from mctk.linalg import cosines
         from mctk.statistics import RouterLogits
 
-        from mctk_merge.grouping import at_random, by_similarity, cosines
+        from mctk_merge.grouping import at_random, by_similarity
 
         if options.group_by == "random":
             return at_random(experts, count, seed_of(layer, options.seed))
-        return by_similarity(cosines(statistics[RouterLogits()].value[0]), count)
+        return by_similarity(cosines(statistics[RouterLogits()].value[0].double()), count)

@@ -17,7 +17,10 @@ _BLOCK = 4096  # tokens at a time
 
 
 class SubsetLoss:
-    """``‖Z − Z'‖_F²`` over the sample's tokens, of keeping some experts (NAEE).
+    """``‖Z − Z'‖_F²`` over the sample's tokens, of keeping some experts.
+
+    The square of the reconstruction loss of NAEE, section 3.2, which orders subsets alike; there
+    every subset runs the layer anew.
 
     With w' the routing weights among the kept experts, w those among the present ones and
     ``c = w' − w``, a token's error is ``Σ_ef c_e c_f G_ef + 2 Σ_e c_e y_e · (z₀ − z) + ‖z₀ − z‖²``,

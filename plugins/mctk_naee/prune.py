@@ -1,9 +1,10 @@
-"""Expert pruning by the reconstruction error of the layer's output."""
+"""Expert pruning by the reconstruction error of the layer's output (NAEE, section 3.2)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mctk.decompose import checked_experts, expert_layout, expert_sizes, present_groups
 from mctk.errors import UserError
 from mctk.hookspecs import Method, MethodOptions
 from mctk.notes import note
@@ -49,7 +50,11 @@ class NaeeOptions(MethodOptions):
 
 
 class Naee(Method):
-    """Removes the experts without which the layer's output changes least."""
+    """Removes the experts without which the layer's output changes least.
+
+    NAEE (arXiv 2402.14800), section 3.2; its section 4.4 is this with `propagate: compressed`. The
+    paper tries every subset; the other searches are ours.
+    """
 
     stage = "prune"
     name = "naee"
@@ -68,24 +73,18 @@ class Naee(Method):
 
     def sizes(self, banks: Layer, options: NaeeOptions) -> tuple[list[int], list[int]]:
         """How many experts stay, the same number of each of the router's groups; then all."""
-        from mctk.terms import DENSE
-
-        groups = _groups(banks)
-        least = 1 if len(groups) == 1 else 2
-        counts = [len(groups) * each for each in range(least, len(groups[0]))]
-        costs = [_parameters(self.layout(banks, count, options)) for count in counts]
-        return [*counts, DENSE], [*costs, sum(bank.parameters() for bank in banks.values())]
+        settings, costs = expert_sizes(banks)
+        for count in settings[:-1]:
+            _checked(banks, count, options)
+        return settings, costs
 
     def layout(self, banks: Layer, size: int | None, options: NaeeOptions) -> Terms:
         """The first experts of every group; which ones stay, data will tell."""
-        from mctk.terms import DENSE, drop_members
+        from mctk.terms import DENSE
 
-        if size == DENSE:
-            return {name: list(bank.terms) for name, bank in banks.items()}
-        groups = _groups(banks)
-        each = _checked(banks, size, options) // len(groups)
-        gone = [e for group in groups for e in group[each:]]
-        return {name: drop_members(bank, gone) for name, bank in banks.items()}
+        if size != DENSE:
+            _checked(banks, size, options)
+        return expert_layout(banks, size)
 
     def curve(self, banks: Layer, statistics: Any, options: NaeeOptions) -> list[float]:
         """The loss at every size; of sizes that leave a token too few experts, all there is."""
@@ -125,19 +124,6 @@ class Naee(Method):
         return {name: drop_members(bank, gone) for name, bank in layer.items()}
 
 
-def _groups(banks: Layer) -> list[list[int]]:
-    """Returns the experts that are present in each of the router's groups, mostly one group."""
-    from mctk.terms import removed_members
-
-    first = next(iter(banks.values()))
-    gone = removed_members(banks.values())
-    width = first.shape.members // first.groups
-    return [
-        [e for e in range(start, start + width) if e not in gone]
-        for start in range(0, first.shape.members, width)
-    ]
-
-
 def _checked(banks: Layer, size: int | None, options: NaeeOptions) -> int:
     """Returns the size.
 
@@ -146,23 +132,14 @@ def _checked(banks: Layer, size: int | None, options: NaeeOptions) -> int:
     """
     from mctk_naee.search import count_subsets
 
-    groups = _groups(banks)
-    place = f"layer {next(iter(banks.values())).layer}"
-    present = sum(map(len, groups))
-    if size is None or not 1 <= size <= present:
-        raise UserError(f"{place} has {present} experts and cannot keep {size}")
-    if size % len(groups):
-        raise UserError(
-            f"the router of {place} divides its experts into {len(groups)} groups, and as many of "
-            f"each must stay: {size} is no multiple"
-        )
-    subsets = count_subsets(groups, size)
+    count = checked_experts(banks, size)
+    subsets = count_subsets(present_groups(banks), count)
     if options.search == "exact" and subsets > _MOST:
         raise UserError(
-            f"search: exact in {place} would try {subsets:.3g} subsets of {size} experts; write "
-            "greedy or beam"
+            f"search: exact in layer {next(iter(banks.values())).layer} would try {subsets:.3g} "
+            f"subsets of {count} experts; write greedy or beam"
         )
-    return size
+    return count
 
 
 def _loss(banks: Layer, statistics: Any, options: NaeeOptions) -> SubsetLoss:
@@ -170,7 +147,7 @@ def _loss(banks: Layer, statistics: Any, options: NaeeOptions) -> SubsetLoss:
 
     from mctk_naee.loss import SubsetLoss
 
-    present = [e for group in _groups(banks) for e in group]
+    present = [e for group in present_groups(banks) for e in group]
     return SubsetLoss(statistics[RoutedOutputs(options.tokens)], present)
 
 
@@ -178,7 +155,7 @@ def _search(banks: Layer, loss: SubsetLoss, size: int, options: NaeeOptions) -> 
     """Returns which search it was, and what it found."""
     from mctk_naee.search import beam, count_subsets, exact
 
-    groups = _groups(banks)
+    groups = present_groups(banks)
     how: str = options.search
     if how == "auto":
         how = "exact" if count_subsets(groups, size) <= options.subsets else "greedy"
@@ -186,7 +163,3 @@ def _search(banks: Layer, loss: SubsetLoss, size: int, options: NaeeOptions) -> 
         return how, exact(loss, groups, size)
     weights = dict(enumerate(loss.contributions().tolist()))
     return how, beam(loss, groups, size, options.width if how == "beam" else 1, weights)
-
-
-def _parameters(terms: Terms) -> int:
-    return sum(term.parameters() for bank in terms.values() for term in bank)

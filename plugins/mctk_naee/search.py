@@ -1,5 +1,8 @@
 """Which experts to keep: searches over subsets by a loss that is given as a function.
 
+`exact` is NAEE's enumeration (arXiv 2402.14800, section 3.2), which its authors call cumbersome for
+32 experts (Limitations); `beam` is ours.
+
 Where a router divides the experts into groups, as many of each group stay; `groups` are those that
 are left of each, in order. Of equal losses the subset that comes first in the order of tuples wins:
 experts with low numbers stay.

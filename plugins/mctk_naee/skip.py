@@ -1,4 +1,8 @@
-"""Dynamic expert skipping: a policy of the run time, calibrated on routing weights."""
+"""Dynamic expert skipping: a policy of the run time, calibrated on routing weights.
+
+NAEE (arXiv 2402.14800), section 3.3, for two experts a token. For more its appendix A.2 has another
+rule, one threshold for the sum of the weights that are skipped.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,10 @@ class SkipOptions(MethodOptions):
 
 
 class SkipExperts(Method):
-    """A token's lesser experts are not computed where their weight is small beside the first's."""
+    """A token's lesser experts are not computed where their weight is small beside the first's.
+
+    NAEE, section 3.3: the second of two, where ``w_2 < β w_1``, β the median of ``w_2 / w_1``.
+    """
 
     stage = "prune"
     name = "skip_experts"
@@ -87,6 +94,8 @@ class SkipExperts(Method):
 
 def thresholds(weights: Tensor, quantile: float) -> list[float]:
     """For each rank after the first a quantile of its weight over the first, ``β_2 ... β_k``.
+
+    Of two experts and with the quantile 0.5 that is NAEE's β (section 3.3 and appendix A.7).
 
     Between two values it is their mean by distance: the median of an even number is the mean of the
     middle two. Tokens whose weights are all zero have no say.

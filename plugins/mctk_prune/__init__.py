@@ -1,8 +1,8 @@
 """Expert pruning: experts that matter least leave a layer, or become a constant.
 
 A method here is a score for each expert (`math`) and nothing else: which experts go, what their
-number costs and what is left of the layer is the same for all (`removal`, `methods`). `mone` puts
-an expert's mean output in its place.
+number costs and what is left of the layer is the same for all (`choice`, `selection`). `mone` puts
+an expert's mean output in its place. Which paper has which score: docs/methods/prune.md.
 """
 
 from __future__ import annotations

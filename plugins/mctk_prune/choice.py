@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+from mctk.decompose import present_groups
 from mctk.errors import UserError
 from mctk.hookspecs import MethodOptions
+from mctk.notes import note
 from pydantic import Field, field_validator
 
 if TYPE_CHECKING:
@@ -36,10 +38,7 @@ class ChoiceOptions(MethodOptions):
 
 def present(banks: Layer) -> list[int]:
     """The experts that earlier steps have left in a layer, ascending."""
-    from mctk.terms import removed_members
-
-    gone = set(removed_members(banks.values()))
-    return [expert for expert in range(_any(banks).shape.members) if expert not in gone]
+    return [expert for group in present_groups(banks) for expert in group]
 
 
 def counts(banks: Layer, options: ChoiceOptions, groups: int, name: str) -> list[int]:
@@ -166,3 +165,40 @@ def _check_alike(bank: Bank, experts: list[int], name: str) -> None:
                     f"{name}: the experts of {bank.name} in layer {bank.layer} do not store the "
                     "same amount each (some were merged or replaced): put this step before that one"
                 )
+
+
+def tell_ties(
+    banks: Layer,
+    scores: Tensor,
+    kept: Collection[int],
+    groups: int,
+    options: ChoiceOptions,
+) -> None:
+    """Notes where a score decided nothing: equal ones on both sides of the cut.
+
+    Args:
+        banks: As in `choose`.
+        scores: [E].
+        kept: The experts that stay.
+        groups: As in `choose`.
+        options: Whose protected experts stay whatever their score.
+    """
+    size = scores.numel() // groups
+    safe = set(protected(banks, options))
+    open_ = [expert for expert in present(banks) if expert not in safe]
+    stay: list[int] = []
+    go: list[int] = []
+    for start in range(0, scores.numel(), size):
+        run = [expert for expert in open_ if start <= expert < start + size]
+        last = [float(scores[expert]) for expert in run if expert in kept]
+        first = [float(scores[expert]) for expert in run if expert not in kept]
+        if last and first and min(last) == max(first):
+            equal = [expert for expert in run if float(scores[expert]) == min(last)]
+            stay += [expert for expert in equal if expert in kept]
+            go += [expert for expert in equal if expert not in kept]
+    if go:
+        why = " (without a token: more calibration text would tell)" if scores[go[0]] == 0 else ""
+        note(
+            f"the score decided nothing between experts {', '.join(map(str, go))}, which go, and "
+            f"{', '.join(map(str, stay))}, which stay by their numbers: theirs are equal{why}"
+        )

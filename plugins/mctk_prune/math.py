@@ -23,6 +23,8 @@ def random_scores(experts: int, layer: int, seed: int) -> Tensor:
 def output_norms(sums: OutputSums, score: Average) -> Tensor:
     """Norms of what experts give, float64 [E] (EAN: expert activation norm).
 
+    The sum is eq. 13 of REAP's appendix D (arXiv 2510.13999).
+
     Args:
         sums: Of a layer.
         score: Over the tokens routed to an expert: their sum, mean or maximum, or the sum weighted
@@ -34,7 +36,7 @@ def output_norms(sums: OutputSums, score: Average) -> Tensor:
 
 
 def weighted_norms(sums: OutputSums) -> Tensor:
-    """Mean over an expert's tokens of g ‖y‖, float64 [E] (REAP, arXiv 2510.13999).
+    """Mean over an expert's tokens of g ‖y‖, float64 [E] (REAP, arXiv 2510.13999, eq. 9).
 
     g is the routing weight with which the model adds the output y up. 0 of an expert without
     tokens.
@@ -45,16 +47,18 @@ def weighted_norms(sums: OutputSums) -> Tensor:
 def mean_outputs(sums: OutputSums) -> Tensor:
     """Mean output of each expert over its tokens, before routing weights, float64 [E, H].
 
-    Zero of an expert without tokens.
+    MoNE's "novices" (arXiv 2507.00390): of all constants they leave the least squared error. Zero
+    of an expert without tokens.
     """
     return sums.total / sums.count.clamp(min=1)[:, None]
 
 
 def variations(sums: OutputSums) -> Tensor:
-    """How far an expert's outputs are from their mean, float64 [E] (MoNE, arXiv 2507.00390).
+    """How far an expert's outputs are from their mean, float64 [E].
 
-    The norm over channels of the standard deviation over tokens, that with n - 1: the exact one
-    where the reference has a running estimate. 0 of an expert with fewer than two tokens.
+    The norm over channels of the standard deviation over tokens, that with n - 1: MoNE's output
+    variance (arXiv 2507.00390), exact where the reference has a running estimate. 0 of an expert
+    with fewer than two tokens.
     """
     square = sums.square - sums.total.square() / sums.count.clamp(min=1)[:, None]
     variance = square.clamp(min=0) / (sums.count - 1).clamp(min=1)[:, None]

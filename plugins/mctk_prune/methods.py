@@ -26,7 +26,7 @@ class RandomOptions(ChoiceOptions):
 
 
 class Random(Selection):
-    """Removes experts at random."""
+    """Removes experts at random: a baseline of NAEE (arXiv 2402.14800, section 4.1)."""
 
     name = "random"
     summary = "Removes experts at random: what any score has to beat."
@@ -40,7 +40,10 @@ class Random(Selection):
 
 
 class Frequency(Selection):
-    """Removes the experts that got the fewest tokens."""
+    """Removes the experts that got the fewest tokens.
+
+    A baseline of NAEE (arXiv 2402.14800, section 4.1) and REAP (arXiv 2510.13999, appendix D).
+    """
 
     name = "frequency"
     summary = "Removes the experts that the router chose least often."
@@ -57,7 +60,11 @@ class Frequency(Selection):
 
 
 class RouterWeight(Selection):
-    """Removes the experts that got the least routing weight."""
+    """Removes the experts that got the least routing weight.
+
+    The routing score that MoNE (arXiv 2507.00390) compares with; "S-prune" in HC-SMoE (arXiv
+    2410.08589), which ranks over all layers.
+    """
 
     name = "router_weight"
     summary = "Removes the experts whose routing weights have the smallest sum."
@@ -96,7 +103,7 @@ class EanOptions(ChoiceOptions):
 
 
 class Ean(_OfOutputs):
-    """Removes the experts whose outputs have the smallest norms."""
+    """Removes the experts whose outputs have the smallest norms (REAP, appendix D, eq. 13)."""
 
     name = "ean"
     summary = "Removes the experts with the smallest expert activation norm."
@@ -110,7 +117,7 @@ class Ean(_OfOutputs):
 
 
 class Reap(_OfOutputs):
-    """Removes the experts that add least where they are chosen."""
+    """Removes the experts that add least where they are chosen (REAP, section 4, eq. 9)."""
 
     name = "reap"
     summary = "Removes the experts with the smallest mean routing weight times output norm."

@@ -1,4 +1,8 @@
-"""MoNE: an expert that hardly varies, or is hardly used, becomes the constant that it gives."""
+"""MoNE: an expert that hardly varies, or is hardly used, becomes the constant that it gives.
+
+arXiv 2507.00390: the redundancy score is its output variance times its access frequency, here the
+sum of routing weights as in the authors' code, and the "novice" its mean output.
+"""
 
 from __future__ import annotations
 

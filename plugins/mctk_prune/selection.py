@@ -102,13 +102,15 @@ class Selection(Method):
 
     def prune(self, layer: Layer, statistics: Any, size: int | None, options: Any) -> Terms:
         """Keeps `size` experts."""
-        from mctk_prune.choice import choose
+        from mctk_prune.choice import choose, tell_ties
 
         keep = self._keep(layer, size, options)
         if keep is None:
             return {}
-        found = self._scores(layer, statistics, options)
-        return self.left(layer, choose(layer, found, keep, self.groups(layer), options), statistics)
+        found, groups = self._scores(layer, statistics, options), self.groups(layer)
+        kept = choose(layer, found, keep, groups, options)
+        tell_ties(layer, found, kept, groups, options)
+        return self.left(layer, kept, statistics)
 
     def _counts(self, banks: Layer, options: Any) -> list[int]:
         from mctk_prune.choice import counts

@@ -1,4 +1,4 @@
-"""Weights in fewer bits, packed. See docs/methods/quant.md."""
+"""Weights in fewer bits, packed. See docs/methods/quant.md, sources and differences too."""
 
 from __future__ import annotations
 

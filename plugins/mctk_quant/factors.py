@@ -1,4 +1,4 @@
-"""Low-rank factors before they are rounded: which of the two carries the singular values."""
+"""Low-rank factors before they are rounded: which carries the singular values (no paper's rule)."""
 
 from __future__ import annotations
 

@@ -41,11 +41,17 @@ class RtnOptions(MethodOptions):
 
 
 class Rtn(Method):
-    """Rounds stored weights to nearest in groups along the input dimension, and packs them."""
+    """Rounds stored weights to nearest in groups along the input dimension, and packs them.
+
+    The baseline "RTN" of GPTQ (arXiv 2210.17323, section 5), whose asymmetric grid is
+    ``symmetric: false``; symmetric is AWQ's step (arXiv 2306.00978, eq. 1) with the sign of
+    llama.cpp's Q4_0.
+    """
 
     stage = "quantize"
     name = "rtn"
     summary = "Round-to-nearest group quantisation of any stored weights to 8, 4, 3 or 2 bits."
+    reference = "arXiv 2210.17323, section 5 (RTN)"
     Options = RtnOptions
 
     def layout(self, banks: Layer, size: int | None, options: RtnOptions) -> Terms:

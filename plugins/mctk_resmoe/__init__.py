@@ -1,5 +1,7 @@
 """ResMoE (arXiv 2503.06881): a barycenter expert, compressed residuals. See docs/methods/resmoe.md.
 
+The page says which piece of the paper and of its authors' code each method is, and what differs.
+
 - merge (`merge.py`): every layer's experts become a free-support Wasserstein barycenter, in one
   order of neurons (`barycenter.py`), and what is left of each.
 - prune (`prune.py`): the residuals keep their largest entries (`up`), or a low rank of all three

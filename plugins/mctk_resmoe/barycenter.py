@@ -5,6 +5,8 @@ and the same column of down, ``[3H]`` (``[2H]`` without a gate). Between two suc
 size an optimal transport is a permutation, so the barycenter with I support points alternates two
 steps, neither of which can raise the objective ``Σ_e ‖T_e W_e − W_c‖²``: the best permutation T_e
 of every expert, an exact assignment, and the support's best place, the mean of the aligned experts.
+The paper's proposition says that this objective's minimum is the barycenter; its authors' code has
+the iteration from POT's `free_support_barycenter` and the last T_e from `get_optimal_permutation`.
 
 Experts are mappings from part to matrices: gate and up ``[E, I, H]``, down ``[E, H, I]``.
 """
@@ -46,6 +48,9 @@ def barycenter(
     workers: int = 1,
 ) -> Barycenter:
     """Finds a local optimum of the barycenter from one expert's neurons.
+
+    Alternating assignment and mean (arXiv 2503.06881; POT's `free_support_barycenter` with uniform
+    weights, whose defaults are the same iterations and tolerance).
 
     Args:
         experts: All experts' matrices by part.
@@ -99,7 +104,7 @@ def mean(experts: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
 
 
 def objective(experts: Mapping[str, Tensor], order: Tensor, support: Mapping[str, Tensor]) -> float:
-    """``Σ_e ‖T_e W_e − W_c‖²`` over all parts, summed in float64."""
+    """``Σ_e ‖T_e W_e − W_c‖²`` over all parts, in float64; the authors' code divides by E."""
     return sum(
         squared(aligned(weight, part, order, e).float() - support[part])
         for part, weight in experts.items()

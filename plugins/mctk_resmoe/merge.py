@@ -43,13 +43,16 @@ class WassersteinOptions(MethodOptions):
 
 
 class Wasserstein(Method):
-    """Base: the experts' barycenter; residuals in its order of neurons. Exact, and without data."""
+    """Base: the experts' barycenter; residuals in its order of neurons. Exact, and without data.
+
+    ResMoE's barycenter expert W_ω and residuals ``Δ_e = T_e W_e − W_ω`` (arXiv 2503.06881, fig. 2).
+    """
 
     stage = "merge"
     name = "wasserstein"
     scope = "experts"
     summary = "One base, the experts' free-support Wasserstein barycenter, and residuals aligned."
-    reference = "arXiv 2503.06881"
+    reference = "arXiv 2503.06881, fig. 2"
     Options = WassersteinOptions
 
     def layout(self, banks: Layer, size: int | None, options: WassersteinOptions) -> Terms:

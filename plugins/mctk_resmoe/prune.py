@@ -42,7 +42,10 @@ class UpOptions(MethodOptions):
 
 
 class UnstructuredPruning(Method):
-    """Magnitude pruning of single entries, one threshold an expert."""
+    """Magnitude pruning of single entries, one threshold an expert.
+
+    ResMoE's "UP" (arXiv 2503.06881); the authors' `res_compress` prunes the design matrix as one.
+    """
 
     stage = "prune"
     name = "up"
@@ -106,7 +109,11 @@ class UnstructuredPruning(Method):
 
 
 class JointSvd(Method):
-    """Low-rank factors of an expert's gate, up and down with one U on the side of its neurons."""
+    """Low-rank factors of an expert's gate, up and down with one U on the side of its neurons.
+
+    ResMoE's SVD (arXiv 2503.06881) in the form of the authors' `ResmoeMixtralTop2MLP`, which counts
+    U once; here it is stored and counted in each bank.
+    """
 
     stage = "prune"
     name = "joint_svd"
@@ -136,8 +143,12 @@ class JointSvd(Method):
 
     def layout(self, banks: Layer, size: int | None, options: LowRankOptions) -> Terms:
         """Two factors for every matrix."""
+        from mctk.terms import DENSE
+
         result: dict[str, list[Term]] = {}
-        for name in _residuals(banks):
+        for name, dense in _residuals(banks).items():
+            if size != DENSE:
+                _checked(banks, size, min(dense.shape.out_features, dense.shape.in_features))
             result |= decompose.layout({name: banks[name]}, size, options)
         return result
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def largest(parts: Mapping[str, Tensor], count: int, multiple: int = 1) -> dict[str, Tensor]:
-    """Which entries are the largest in magnitude, by one threshold over all parts together.
+    """Which entries are the largest in magnitude, by one threshold over all parts together (UP).
 
     Exactly `count` stay; of equal entries the first, in the order of the parts and of their rows.
     With a multiple, each part's number is then rounded to one (up where most is missing, so that

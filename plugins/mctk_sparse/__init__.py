@@ -1,4 +1,7 @@
-"""Fewer entries, fewer channels: magnitude, Wanda, channel pruning. See docs/methods/sparse.md."""
+"""Fewer entries, fewer channels: magnitude, Wanda, channel pruning. See docs/methods/sparse.md.
+
+The page says which section and equation of a paper each piece is, and what differs.
+"""
 
 from __future__ import annotations
 

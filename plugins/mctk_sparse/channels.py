@@ -1,7 +1,9 @@
 """Structured pruning inside experts: every expert loses its least intermediate channels.
 
 A channel of an expert is a row of gate, a row of up and the column of down that it meets. Whole
-channels leave, so the matrices that stay are really smaller.
+channels leave, so the matrices that stay are really smaller. The energy is eq. 9 of D²-MoE (arXiv
+2502.17298, section 3.4), squared, for one expert instead of a base; and CAMERA's (arXiv 2508.02322)
+at α = 0 without routing weights.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Channels(Method):
     name = "channels"
     scope = "experts"
     summary = "Prunes the intermediate channels that add least to each expert's output."
-    reference = "arXiv 2508.02322 (scores)"
+    reference = "arXiv 2502.17298, eq. 9; arXiv 2508.02322 (energy)"
     Options = ChannelOptions
     takes_size = True
     # Channels are scored one by one: what several do together is not in it.
@@ -147,8 +149,8 @@ def _scores(banks: Layer, statistics: Any, options: ChannelOptions) -> Tensor:
     """Returns each slot's channel scores ``[S, I]``, float32, not negative.
 
     Energy: ``Σ_x h_j² · ‖W_down[:, j]‖²`` over the tokens of the slot's members, which is what the
-    expert's squared output would lose if channels were uncorrelated. A slot that no token reached
-    has no energies: its channels go by magnitude.
+    expert's squared output would lose if channels were uncorrelated (arXiv 2502.17298, eq. 9,
+    squared). A slot that no token reached has no energies: its channels go by magnitude.
     """
     import torch
 

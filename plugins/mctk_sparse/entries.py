@@ -127,11 +127,15 @@ class EntryPruning(Method):
 
 
 class Magnitude(EntryPruning):
-    """Keeps the largest entries of every matrix; needs no data."""
+    """Keeps the largest entries of every matrix; needs no data.
+
+    Han et al. (arXiv 1506.02626, section 4) take a multiple of the standard deviation for
+    threshold, and train afterwards; here, as in later papers' baselines, a stated number stays.
+    """
 
     name = "magnitude"
     summary = "Keeps the largest entries of every matrix; needs no data."
-    reference = "Han et al., arXiv 1506.02626"
+    reference = "Han et al., arXiv 1506.02626, section 4"
     Options = MagnitudeOptions
 
     def scores(self, bank: Bank, dense: Dense, statistics: Any) -> Iterator[Tensor]:
@@ -141,11 +145,15 @@ class Magnitude(EntryPruning):
 
 
 class Wanda(EntryPruning):
-    """Keeps the entries with the largest ``|W_ij| · ‖x_j‖₂``."""
+    """Keeps the entries with the largest ``|W_ij| · ‖x_j‖₂`` of their row (arXiv 2306.11695).
+
+    Section 3: the score is eq. 1; its square, eq. 4, is the curve. Layer after layer, on the
+    outputs of pruned ones.
+    """
 
     name = "wanda"
     summary = "Keeps entries by their size times the norm of the input that they meet (Wanda)."
-    reference = "arXiv 2306.11695"
+    reference = "arXiv 2306.11695, section 3, eq. 1"
     Options = EntryOptions
     propagate = "compressed"
 
@@ -154,7 +162,7 @@ class Wanda(EntryPruning):
         return [_energy(bank)]
 
     def scores(self, bank: Bank, dense: Dense, statistics: Any) -> Iterator[Tensor]:
-        """``|W_ij| · ‖x_j‖₂`` over the tokens of the slot's members.
+        """``|W_ij| · ‖x_j‖₂`` (eq. 1) over the tokens of the slot's members.
 
         Raises:
             UserError: No token reached the bank.

@@ -1,4 +1,7 @@
-"""The mathematics of pruning single entries: which stay, and what goes with the others."""
+"""The mathematics of pruning single entries: which stay, and what goes with the others.
+
+Rows are Wanda's comparison groups (arXiv 2306.11695, section 3), n:m its structured patterns.
+"""
 
 from __future__ import annotations
 

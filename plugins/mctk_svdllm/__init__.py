@@ -1,4 +1,4 @@
-"""Truncation-aware whitened SVD (SVD-LLM, arXiv 2403.07378). See docs/methods/svd_llm.md."""
+"""Truncation-aware whitened SVD: SVD-LLM, arXiv 2403.07378, 3.1. See docs/methods/svd_llm.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""SVD-LLM's closed-form update: U fitted anew to what the compressed prefix passes on."""
+"""SVD-LLM's closed-form update: U fitted anew to what the compressed prefix passes on.
+
+The "layer-wise closed-form update" of arXiv 2403.07378v1, and `local_update` of the authors' code;
+v5 of the paper tunes U and V by LoRA instead (section 3.2), which is not here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from torch import Tensor
 
 class UpdatedSVD:
     """A truncation in one metric whose U is the best for its V in another.
+
+    ``U = W C' Vᵀ (V C' Vᵀ)⁺`` with C' the moment of the compressed prefix's activations.
 
     Args:
         part: The decomposition of the matrix in the metric of the original's activations.

@@ -29,7 +29,11 @@ class SvdLlmOptions(MomentOptions):
 
 
 class SvdLlm(Method):
-    """SVD in the metric of the tokens that each matrix sees: SVD-LLM (W), without its tuning."""
+    """SVD in the metric of the tokens that each matrix sees: SVD-LLM (W), without its tuning.
+
+    SVD-LLM, Wang et al., ICLR 2025 (arXiv 2403.07378v5), section 3.1 with Theorem 3.2 and Corollary
+    3.3; Algorithms 1 and 2. Its LoRA rounds (section 3.2, eq. 7) are not here.
+    """
 
     stage = "decompose"
     name = "svd_llm"
@@ -39,7 +43,7 @@ class SvdLlm(Method):
     takes_size = True
 
     def needs(self, shape: BankShape, bank: str, options: SvdLlmOptions) -> list[Need]:
-        """One second moment for every member of the bank, and for the update another."""
+        """X Xᵀ for every member of the bank (Algorithm 2), and for the update another."""
         need = decompose.moment_need(bank, shape)
         return [need, dataclasses.replace(need, of="compressed")] if options.update else [need]
 
@@ -52,7 +56,7 @@ class SvdLlm(Method):
         return decompose.layout(banks, size, options)
 
     def curve(self, banks: Layer, statistics: Any, options: SvdLlmOptions) -> list[float]:
-        """Squared error of the bank's output over all its tokens: tails of σ², summed."""
+        """Squared error of the bank's output over all its tokens: tails of σ² (eq. 6), summed."""
         bank = decompose.only(banks)
         settings, _ = self.sizes(banks, options)
         total = [0.0] * len(settings)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from d2moe_layer import Tokens, activations, after, asked_for, make_layer, on_meta, output
+from mctk.decompose import average
 from mctk.errors import UserError
-from mctk.linalg import agglomerate
+from mctk.linalg import agglomerate, cosines
 from mctk.notes import collect
 from mctk.statistics import ExpertFrequency, ExpertMeans, LayerStatistics, Moment, RouterLogits
 from mctk.terms import DENSE, Bank, BankShape, Bias, Dense
 from mctk_merge import grouping, methods
-from mctk_merge.merging import average, seed_of
+from mctk_merge.merging import seed_of
 from pydantic import ValidationError
 
 MERGES = {method.name: method for method in methods()}
@@ -79,7 +80,7 @@ def test_m_smoe_by_hand():
     assert grouping.dominant(frequency, 2) == [0, 2]
     # Expert 1's logits are those of 2, twice as large; expert 3's go with neither, less against 0.
     logits = torch.tensor([[1.0, 0.2, 0.1, -0.5], [0.0, 2.0, 1.0, -1.0], [0.1, 0.2, 0.1, -0.4]])
-    similarity = grouping.cosines(logits.T @ logits)
+    similarity = cosines(logits.T @ logits)
     expected = torch.nn.functional.cosine_similarity(logits[:, :, None], logits[:, None], dim=0)
     assert torch.allclose(similarity.float(), expected, atol=1e-6)
     assert grouping.around([0, 2], similarity) == [[0, 3], [1, 2]]
@@ -88,8 +89,8 @@ def test_m_smoe_by_hand():
 
 
 def test_logits_that_are_zero_are_like_none():
-    similarity = grouping.cosines(torch.diag(torch.tensor([1.0, 0.0, 4.0])))
-    assert torch.equal(similarity, torch.diag(torch.tensor([1.0, 0.0, 1.0])).double())
+    similarity = cosines(torch.diag(torch.tensor([1.0, 0.0, 4.0])))
+    assert torch.equal(similarity, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
 
 
 def test_equal_frequencies_take_the_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -349,3 +350,33 @@ def test_an_expert_that_was_never_chosen_becomes_zero():
     assert notes == ["5 experts became constants: 1, 2, 3, 4, 5"]
     assert terms["experts.up"][0].has(0)
     assert not terms["experts.down"][-1].vector.any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "words"),
+    [
+        ([5, 0, 3, 0, 0, 7], 4, "experts 3, 4, which go, and 1, which stay .*(without a token"),
+        (
+            [5, 2, 3, 2, 9, 7],
+            5,
+            r"experts 3, which go, and 1, which stay by their numbers: .*equal$",
+        ),
+        ([5, 0, 3, 0, 0, 7], 3, None),  # all of the equal ones go
+        ([5, 1, 3, 2, 9, 7], 4, None),
+    ],
+)
+def test_a_score_that_decided_nothing_is_told(counts, size, words):
+    with collect() as notes:
+        prune = method("frequency").prune
+        prune(layer(), statistics(frequency=torch.tensor(counts)), size, options("frequency"))
+    assert len(notes) == (words is not None)
+    if words:
+        assert re.search(words.replace("(without", r"\(without"), notes[0])
+
+
+def test_protected_experts_are_no_ties():
+    counts = torch.tensor([0, 0, 3, 4, 5, 6])
+    safe = options("frequency", protect={0: [1]})
+    with collect() as notes:
+        method("frequency").prune(layer(), statistics(frequency=counts), 5, safe)
+    assert not notes

@@ -63,6 +63,30 @@ def test_bits_bound_the_error():
     assert errors[-1] < 1e-3 * sum(float(part.square().sum()) for part in exact)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_grids_are_those_that_the_page_names(bits):
+    """Where bfloat16 holds the scale: GPTQ's asymmetric grid; AWQ's step, the extreme a level."""
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    random = torch.Generator().manual_seed(bits)
+    step = torch.tensor([0.03125, 0.5, 1.25])[:, None]
+    zero = torch.randint(1, top + 1, (3, 1), generator=random)
+    drawn = torch.randint(0, top + 1, (3, 20), generator=random)
+    codes = torch.cat([torch.tensor([[0, top]] * 3), drawn], 1)
+    inside = 0.4 * (2 * torch.rand(codes.shape, generator=random) - 1)
+    inside[:, :2] = 0  # least and largest lie on levels, so the range is theirs
+    weight = step * (codes - zero + inside).clamp(-zero, top - zero)
+    bank = Bank("mlp.up", 0, BankShape(1, 3, 22), [Dense(BankShape(1, 3, 22), [0], weight[None])])
+
+    [term] = quantized(bank, bits=bits, group=None, symmetric=False)
+    assert torch.equal(term.materialise(0)[0], step * (codes - zero))
+    # Symmetric: |e| = 2^(bits - 1) steps, on the side of e; opposite to it one level is missing.
+    extreme = weight.gather(1, weight.abs().argmax(1, keepdim=True))
+    scale = (extreme / -middle).bfloat16().float()
+    levels = (weight / scale).round().clamp(-middle, middle - 1)
+    [term] = quantized(bank, bits=bits, group=None)
+    assert torch.equal(term.materialise(0)[0], scale * levels)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"bits": 3}, {"group": 7}, {"group": None}, {"symmetric": False}, {"only": ["dense"]}],

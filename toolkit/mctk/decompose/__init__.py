@@ -1,5 +1,7 @@
-"""What methods share that decompose a bank into low-rank factors, or merge one for that."""
+"""What methods share: low rank, bases that experts share, averages of groups, fewer experts."""
 
+from .averages import average, averaged, whole_experts
+from .fewer import checked_experts, expert_layout, expert_sizes, present_groups
 from .lowrank import (
     LowRankOptions,
     Truncatable,
@@ -29,9 +31,14 @@ __all__ = [
     "LowRankOptions",
     "MomentOptions",
     "Truncatable",
+    "average",
+    "averaged",
     "base_and_residuals",
     "check_tokens",
+    "checked_experts",
     "decompositions",
+    "expert_layout",
+    "expert_sizes",
     "layout",
     "matrices",
     "members_of_slots",
@@ -43,9 +50,11 @@ __all__ = [
     "part_of",
     "pooled_inputs",
     "pooled_outputs",
+    "present_groups",
     "replace",
     "seen",
     "sizes",
     "slot_moments",
     "tail_errors",
+    "whole_experts",
 ]

@@ -1,9 +1,9 @@
 """On tensors alone: truncated SVD in the metric of a second moment, orders and clusters."""
 
-from mctk.linalg.agglomerate import agglomerate
+from mctk.linalg.agglomerate import agglomerate, cosines
 from mctk.linalg.known import Known, remembered
 from mctk.linalg.metric_svd import MetricSVD, loss, metric_svd, update_left
-from mctk.linalg.neurons import match, orders, reorder
+from mctk.linalg.neurons import assign, match, orders, reorder
 from mctk.linalg.root import Root, square_root
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "MetricSVD",
     "Root",
     "agglomerate",
+    "assign",
+    "cosines",
     "loss",
     "match",
     "metric_svd",

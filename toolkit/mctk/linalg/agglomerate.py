@@ -1,8 +1,20 @@
-"""Agglomerative clusters of a few things of which distances are known."""
+"""How alike a few things are, and agglomerative clusters of them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Returns the cosines of things of which the inner products are known; of zeros all are 0.
+
+    Args:
+        gram: ``[..., E, E]``.
+    """
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    length = torch.where(length > 0, length, torch.full_like(length, torch.inf))
+    return gram / length[..., None, :] / length[..., None]
 
 
 def agglomerate(distances: Tensor, count: int, linkage: str = "average") -> list[list[int]]:

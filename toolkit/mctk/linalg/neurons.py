@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 
+def assign(cost: Tensor) -> Tensor:
+    """Returns the assignment of least cost: ``order [I]`` that minimises ``Σ_i cost[i, order_i]``.
+
+    Args:
+        cost: What it costs to put neuron j at place i, ``[I, I]``.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).long()
+
+
 def match(anchor: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
     """Returns which neuron of an expert belongs to each neuron of another, the anchor.
 
@@ -25,14 +36,11 @@ def match(anchor: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
     Returns:
         ``order [I]``: neuron ``order[i]`` of the expert comes to place i.
     """
-    from scipy.optimize import linear_sum_assignment
-
     profit = anchor["up"].float() @ other["up"].float().T
     if "gate" in anchor:
         profit += anchor["gate"].float() @ other["gate"].float().T
     profit += anchor["down"].float().T @ other["down"].float()
-    _, order = linear_sum_assignment(profit.cpu().numpy(), maximize=True)
-    return torch.from_numpy(order).long()
+    return assign(-profit)
 
 
 def orders(

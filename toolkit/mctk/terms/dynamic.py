@@ -23,7 +23,7 @@ _WORTH = 16
 class DynamicDense(Dense):
     """A shared base of which ``drop`` intermediate channels are skipped in each forward.
 
-    The dynamic half of D²-MoE's semi-dynamic pruning (arXiv 2502.17298, section 3.3). The base of
+    The dynamic half of D²-MoE's semi-dynamic pruning (arXiv 2502.17298, section 3.4). The base of
     down has the channels as its columns (``axis="cols"``) and carries their energy; the bases of
     gate and up have them as rows and follow down's choice. Which ones are skipped is the run
     time's choice (`mctk.runtime.dynamic`); the term by itself, as in `apply` and `materialise`,
