@@ -18,6 +18,13 @@ class CheckpointError(UserError):
     """A model directory is damaged, contradicts itself or is of a kind that we refuse."""
 
 
+class MethodError(UserError):
+    """A method or plugin has raised what no user can mend but by leaving it out: a bug of its own.
+
+    What was raised is its cause.
+    """
+
+
 class RecipeError(UserError):
     """A recipe is wrong at a known place.
 

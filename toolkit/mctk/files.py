@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
+
+
+def room_for(output: Path) -> tuple[Path, int]:
+    """Where a directory that may not exist yet would lie, and the bytes that it can take.
+
+    What it already holds counts as free: a run that goes on writes the same files.
+    """
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    held = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return place, shutil.disk_usage(place).free + held
 
 
 @contextlib.contextmanager

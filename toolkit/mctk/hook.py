@@ -12,17 +12,19 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importlib.abc brings a good part of the standard library
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
 
 FORMATS = "transformers.quantizers.auto"
 REMOTE = "transformers.dynamic_module_utils"
 _WRAPPED = "_mctk_wraps"
 
 
-class _RegisteringLoader(Loader):
+class _RegisteringLoader:
     """Runs a module's own loader, then registers us."""
 
     def __init__(self, loader: Loader) -> None:
@@ -40,7 +42,7 @@ class _RegisteringLoader(Loader):
         return getattr(self._loader, name)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds the modules that we wait for as the other finders do, and wraps their loaders."""
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ class _Finder(MetaPathFinder):
         finally:
             self._searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader)  # type: ignore[assignment]
         return spec
 
 

@@ -1,8 +1,6 @@
-"""What a plugin implements: `Method` (one class a method) and the hooks of a plugin itself.
+"""What a plugin, which an entry point of group ``mctk`` names, implements: `Plugin` and `Method`.
 
-A plugin: a module or object named by an entry point of group ``mctk``. Its hooks (`Plugin`) carry
-`@hookimpl`; a `Method` overrides what its stage asks for. Import torch inside hooks only. Letters:
-T tokens, E experts, k experts per token, H hidden, I intermediate, r rank, L layers.
+Hooks of `Plugin` carry `@hookimpl`; `MCTK_SPEC = 1` beside them names a `SPEC`. No torch at import.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 
 hookspec, hookimpl = pluggy.HookspecMarker("mctk"), pluggy.HookimplMarker("mctk")
 STAGES = ("allocate", "merge", "decompose", "prune", "compensate", "quantize", "distill")
+SPEC, OLDEST = 1, 1  # version of these hooks, and the oldest that a plugin may be written for
 
 
 class MethodOptions(BaseModel):
@@ -37,6 +36,7 @@ class Method:
 
     stage: ClassVar[str]  # one of STAGES; also the name of the hook that does the work
     name: ClassVar[str]  # as recipes write it
+    origin: Any = None  # set when it is loaded: the `PluginInfo` of the plugin that brought it
     version: ClassVar[int] = 1  # raised whenever the method's numbers change; shown in tables
     summary: ClassVar[str]  # one line
     reference: ClassVar[str] = ""  # paper or URL

@@ -7,11 +7,11 @@ manager, so two of them live side by side in one process.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -20,17 +20,13 @@ from typing import Any
 import pluggy
 
 from mctk import hookspecs
-from mctk.errors import UserError, nearest
-from mctk.hookspecs import STAGES, Method, MethodOptions
+from mctk.contract import check_method, check_plugin, checked_spec, implements
+from mctk.errors import MethodError, UserError, brief, nearest
+from mctk.hookspecs import STAGES, Method
 
 GROUP = "mctk"
+OWN = "mctk"  # the distribution whose plugins these are that come with mctk
 SELECTION = "MCTK_PLUGINS"
-# In the order of the spec, `self` left out: overriding one of these implements it.
-_METHOD_HOOKS = {
-    name: tuple(inspect.signature(value).parameters)[1:]
-    for name, value in vars(Method).items()
-    if hasattr(value, "mctk_spec")
-}
 
 
 @dataclass
@@ -41,6 +37,7 @@ class PluginInfo:
         name: Name of its entry point.
         version: Version of the distribution that provides it ("" for one given in code).
         distribution: That distribution's name ("" for one given in code).
+        spec: The version of the hook specifications that it was written for, if it says so.
         methods: "stage/name" of every method that may be used.
         broken: "stage/name" of a method, or "" for the whole plugin, to what is wrong with it.
         traceback: Where the first of these came from, for `mctk plugins --debug`.
@@ -49,6 +46,7 @@ class PluginInfo:
     name: str
     version: str = ""
     distribution: str = ""
+    spec: int | None = None
     methods: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     traceback: str = ""
@@ -58,6 +56,10 @@ class PluginInfo:
         """Everything that is wrong with the plugin in one line, or None."""
         lines = [f"{at}: {what}" if at else what for at, what in self.broken.items()]
         return "; ".join(lines) or None
+
+    def __str__(self) -> str:
+        release = f" ({self.distribution} {self.version})" if self.distribution else ""
+        return f"plugin '{self.name}'{release}"
 
 
 class _Manager(pluggy.PluginManager):
@@ -100,10 +102,22 @@ class Registry:
         for name, plugin in plugins.items():
             self._add(PluginInfo(name), partial(_given, plugin))
 
-    @property
-    def hook(self) -> Any:
-        """Calls a hook of all plugins, e.g. `registry.hook.run_started(run=run)`."""
-        return self._manager.hook
+    def call(self, hook: str, **arguments: Any) -> list[Any]:
+        """Calls a hook of all plugins, such as `registry.call("run_started", run=run)`.
+
+        Returns:
+            What each of them returned, but None.
+
+        Raises:
+            MethodError: One has failed; the message names it and says how to go on without it.
+        """
+        found = []
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            info = self._named(implementation.plugin_name)
+            given = {name: arguments[name] for name in implementation.argnames}
+            with _blaming(f"{info} failed in {hook}()", f"{SELECTION} can leave it out"):
+                found.append(implementation.function(**given))
+        return [result for result in found if result is not None]
 
     def plugins(self) -> list[PluginInfo]:
         """Returns every plugin that was found, broken ones too, in the order of loading."""
@@ -128,8 +142,7 @@ class Registry:
         key = f"{stage}/{name}"
         for info in self._plugins:
             if key in info.broken:
-                what = info.broken[key]
-                raise UserError(f"method {key} of plugin '{info.name}' is broken: {what}")
+                raise UserError(f"method {key} of {info} is broken: {info.broken[key]}")
         known = [own for kind, own in self._methods if kind == stage]
         message = f"no method '{name}' for stage {stage}{nearest(name, known)}"
         elsewhere = [kind for kind, own in self._methods if own == name]
@@ -139,7 +152,9 @@ class Registry:
             message += "; no plugin brings one"
         for info in self._plugins:
             if "" in info.broken:
-                message += f"; plugin '{info.name}' could not be loaded: {info.broken['']}"
+                message += f"; {info} could not be loaded: {info.broken['']}"
+        if not elsewhere:
+            message += "; mctk plugins lists what is installed, another plugin may bring it"
         raise UserError(message)
 
     def plugin_of(self, method: Method) -> PluginInfo:
@@ -156,18 +171,40 @@ class Registry:
         found._methods = {**self._methods, (method.stage, method.name): method}
         return found
 
-    def register_kinds(self) -> None:
-        """Makes the plugins' kinds of term known to `mctk.terms`; loads torch."""
+    def register_kinds(self, used: Collection[Method] = ()) -> None:
+        """Makes the plugins' kinds of term known to `mctk.terms`; loads torch.
+
+        Args:
+            used: Methods that will be at work. Kinds of their plugins must be sound; those of
+                others are left out and recorded as broken if they are not.
+
+        Raises:
+            MethodError: A plugin that is needed fails.
+        """
         from mctk.terms import register_kind
 
-        distributions = {info.name: info.distribution for info in self._plugins}
-        for implementation in self.hook.kinds.get_hookimpls():
-            name = implementation.plugin_name
-            for kind in implementation.function():
-                register_kind(kind, provider=distributions[name] or name)
+        for implementation in self._manager.hook.kinds.get_hookimpls():
+            info = self._named(implementation.plugin_name)
+            try:
+                with _blaming(f"{info} failed in kinds()"):
+                    kinds: Any = implementation.function()
+                    for kind in kinds:
+                        register_kind(kind, provider=info.distribution or info.name)
+            except UserError as error:
+                if any(method.origin is info for method in used):
+                    raise
+                _record(info, "kinds()", error)
+
+    def _named(self, name: str) -> PluginInfo:
+        """The plugin that is registered under a name."""
+        return next(info for info in self._plugins if info.name == name)
 
     def _add_entry_points(self) -> None:
-        found = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
+        # Ours first: what a recipe means must not change because something else was installed.
+        found = sorted(
+            metadata.entry_points(group=GROUP),
+            key=lambda point: (point.dist is None or point.dist.name != OWN, point.name),
+        )
         selection = os.environ.get(SELECTION)
         if selection is not None:
             names = [name.strip() for name in selection.split(",") if name.strip()]
@@ -185,19 +222,26 @@ class Registry:
             self._add(PluginInfo(point.name, version, distribution), point.load)
 
     def _add(self, info: PluginInfo, load: Callable[[], Any]) -> None:
+        known = [other for other in self._plugins if other.name == info.name]
         self._plugins.append(info)
-        plugin = None
+        plugin, registered = None, False
         try:
+            if known:
+                raise ValueError(f"{known[0]} has that name already; uninstall one of the two")
             plugin = load()
-            _check_plugin(plugin)
+            info.spec = checked_spec(plugin)
+            check_plugin(plugin)
             self._manager.register(plugin, info.name)
-            for implementation in self.hook.methods.get_hookimpls():
+            registered = True
+            brought: list[Any] = []
+            for implementation in self._manager.hook.methods.get_hookimpls():
                 if implementation.plugin is plugin:
-                    for method in implementation.function():
-                        self._add_method(info, method)
+                    brought = _listed(implementation.function())
+            for method in brought:
+                self._add_method(info, method)
         except (Exception, SystemExit) as error:  # whatever a stranger's import may raise
             _record(info, "", error)
-            if self._manager.is_registered(plugin):
+            if registered:
                 self._manager.unregister(plugin)
 
     def _add_method(self, info: PluginInfo, method: Any) -> None:
@@ -205,12 +249,13 @@ class Registry:
         try:
             if (stage, name) in self._methods:
                 owner = self._owners[stage, name]
-                raise ValueError(f"plugin '{owner.name}' already brings {stage}/{name}")
-            _check_method(method)
+                raise ValueError(f"{owner} brings {stage}/{name} already; give it another name")
+            check_method(method)
             self._manager.register(method, f"{stage}/{name}")
         except Exception as error:
             _record(info, f"{stage}/{name}", error)
             return
+        method.origin = info
         self._methods[stage, name] = method
         self._owners[stage, name] = info
         info.methods.append(f"{stage}/{name}")
@@ -221,61 +266,55 @@ def load_plugins() -> Registry:
     return Registry()
 
 
+@contextlib.contextmanager
+def calling(method: Method, hook: str, place: str = "") -> Iterator[None]:
+    """What goes wrong in a method's hook names the method, its plugin and where it was at work.
+
+    Args:
+        method: The method.
+        hook: The hook that is called.
+        place: The banks and the layer, as in "experts.up of layer 3", if there is one.
+
+    Raises:
+        MethodError: In the place of whatever the hook raises that is no `UserError`.
+    """
+    where = f"{method.stage}/{method.name}" + (f" on {place}" if place else "")
+    owner = f", {method.origin}" if method.origin else ""
+    with _blaming(f"{where} failed", f"in {hook}() of version {method.version}{owner}"):
+        yield
+
+
+def place_of(banks: Mapping[str, Any]) -> str:
+    """Banks of one layer for a message: "experts.gate, experts.up of layer 3"."""
+    return f"{', '.join(banks)} of layer {next(iter(banks.values())).layer}"
+
+
+@contextlib.contextmanager
+def _blaming(what: str, more: str = "") -> Iterator[None]:
+    """Turns what no user can mend into an error that says whose it is; it stays the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's code may raise anything
+        text = f"{type(error).__name__}: {brief(error)}"
+        raise MethodError(f"{what}: {text}" + (f" ({more})" if more else "")) from error
+
+
 def _given(plugin: Any) -> Any:
     return plugin
 
 
-def implements(method: Method, hook: str) -> bool:
-    """Whether a method overrides a hook."""
-    return hook in _METHOD_HOOKS and getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def _check_plugin(plugin: Any) -> None:
-    """Refuses a hook without its marker: pluggy would pass over it in silence."""
-    hooks = [name for name, value in vars(hookspecs.Plugin).items() if hasattr(value, "mctk_spec")]
-    present = [name for name in hooks if callable(getattr(plugin, name, None))]
-    for name in present:
-        if not hasattr(getattr(plugin, name), "mctk_impl"):
-            raise TypeError(f"hook {name}() is not marked with @hookimpl")
-    if not present:
-        raise TypeError(f"none of the hooks {', '.join(hooks)} is implemented")
-
-
-def _check_method(method: Any) -> None:
-    """Refuses what pluggy does not check: the class attributes and the arguments left out."""
-    if not isinstance(method, Method):
-        raise TypeError(f"methods() returned {method!r}, not an instance of mctk.hookspecs.Method")
-    if getattr(method, "stage", None) not in STAGES:
-        stage = getattr(method, "stage", None)
-        raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
-    for attribute in ("name", "summary"):
-        if not isinstance(getattr(method, attribute, None), str) or not getattr(method, attribute):
-            raise ValueError(f"class attribute '{attribute}' is missing")
-    options = method.Options
-    if not (isinstance(options, type) and issubclass(options, MethodOptions)):
-        raise TypeError("Options is not a subclass of mctk.hookspecs.MethodOptions")
-    if options.model_config.get("extra") != "forbid":
-        raise TypeError("Options must forbid extra fields, or misspelt options have no effect")
-    for option, about in options.model_fields.items():
-        if not about.description:
-            raise TypeError(f"option '{option}' has no description")
-    required = [method.stage]
-    if method.takes_size:
-        required += ["sizes"] + (["curve"] if method.units == "squared_error" else [])
-    for hook in required:
-        if not implements(method, hook):
-            raise TypeError(f"hook {hook}() is not implemented")
-    if method.scope != "bank" and method.stage == "decompose":
-        raise TypeError(f"scope '{method.scope}' does not go with decompose")
-    for hook, expected in _METHOD_HOOKS.items():
-        given = tuple(inspect.signature(getattr(method, hook)).parameters)
-        # pluggy names arguments that the spec has not, with the place of the definition; it lets
-        # an implementation leave some out, but the engine passes all of them, in this order.
-        if set(given) <= set(expected) and given != expected:
-            raise TypeError(f"hook {hook}({', '.join(given)}) must take ({', '.join(expected)})")
+def _listed(brought: Any) -> list[Any]:
+    """What methods() returned, whole or not at all: a generator may fail half-way."""
+    if not isinstance(brought, Iterable):
+        raise TypeError(f"methods() returned {brought!r}, not a list of methods")
+    return list(brought)
 
 
 def _record(info: PluginInfo, at: str, error: BaseException) -> None:
     text = " ".join(str(error).split())
-    info.broken.setdefault(at, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    if not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    info.broken.setdefault(at, text)
     info.traceback = info.traceback or "".join(traceback.format_exception(error))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import stored_name, torch_dtypes
 from ..errors import CheckpointError
 from ..models import SETTINGS, quantisation, text_part
+from .dequantise import check_scales, from_blocks, from_mxfp4
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,6 @@ OF_INPUTS = (
     "{stem}.qscale_act",
 )
 DEFAULT_BLOCK = (128, 128)  # where config.json names none: transformers' FineGrainedFP8Config
-# The values of four bits: a sign, two of exponent, one of mantissa (E2M1).
-FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SHOWN = ("bfloat16", "float16", "float32")  # the dtypes to dequantise into, by torch's names
 
 
@@ -58,6 +57,7 @@ class Packed:
         values: The stored tensor with its numbers.
         scales: The stored tensor with their scales.
         parts: All stored tensors that it replaces: the two, and scales of no use here.
+        where: The file that holds the scales.
         block: How many rows and columns share a scale; None: stored as gpt-oss's experts are.
         halves: Whether a byte holds two numbers of four bits.
     """
@@ -66,6 +66,7 @@ class Packed:
     values: str
     scales: str
     parts: tuple[str, ...]
+    where: Path
     block: tuple[int, int] | None = None
     halves: bool = False
 
@@ -77,10 +78,19 @@ class Packed:
         Args:
             slices: The stored tensors, as `Source.slices` opens them.
             device: Where to compute; by default on the CPU.
+
+        Raises:
+            CheckpointError: Its scales cannot be true; names their tensor and file.
         """
         values = slices[self.values][...].to(device)
         scales = slices[self.scales][...].to(device)
         dtype = torch_dtypes()[self.info.dtype]
+        wrong = check_scales(values, scales, self.block, self.halves)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{self.where}: tensor {self.scales}, the scales of {self.values}: {wrong}; the "
+                "file is damaged, or was not written as its config.json says"
+            )
         if self.block is None:
             return from_mxfp4(values, scales, dtype)
         return from_blocks(values, scales, self.block, dtype, self.halves)
@@ -206,7 +216,15 @@ def _fp8(
         grid = _block(where, shape, tensors[scales], block, strict)
         yield (
             name,
-            Packed(TensorInfo(name, info.file, dtype, shape), name, scales, parts, grid, halves),
+            Packed(
+                TensorInfo(name, info.file, dtype, shape),
+                name,
+                scales,
+                parts,
+                path / tensors[scales].file,
+                grid,
+                halves,
+            ),
         )
 
 
@@ -310,84 +328,14 @@ def _mxfp4(
         shape = (members, groups * held * 2, out)
         yield (
             name,
-            Packed(TensorInfo(name, info.file, dtype, shape), values, scales, (values, scales)),
+            Packed(
+                TensorInfo(name, info.file, dtype, shape),
+                values,
+                scales,
+                (values, scales),
+                path / tensors[scales].file,
+            ),
         )
 
 
 READERS: dict[str, Callable[..., Iterable[tuple[str, Packed]]]] = {"fp8": _fp8, "mxfp4": _mxfp4}
-
-
-def from_blocks(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    block: tuple[int, int],
-    dtype: torch.dtype,
-    halves: bool = False,
-) -> torch.Tensor:
-    """Multiplies the blocks of matrices by their scales, in float32.
-
-    Args:
-        values: The numbers [..., rows, columns], or two a byte along the columns.
-        scales: One, or [..., rows of blocks, columns of blocks].
-        block: Rows and columns of a block; the last ones may be cut.
-        dtype: Of the result.
-        halves: Whether a byte holds two numbers.
-    """
-    import torch
-
-    *lead, rows, columns = values.shape
-    columns *= 2 if halves else 1
-    found = torch.empty((*lead, rows, columns), dtype=dtype, device=values.device)
-    matrices = values.reshape(-1, *values.shape[-2:])
-    if scales.numel() == 1:
-        factors = _factors(scales).reshape(1, 1, 1).expand(matrices.shape[0], 1, 1)
-    else:
-        factors = _factors(scales).reshape(-1, *scales.shape[-2:])
-    for place, matrix, factor in zip(found.view(-1, rows, columns), matrices, factors, strict=True):
-        numbers = _numbers(matrix) if halves else matrix.float()
-        spread = factor.repeat_interleave(block[1], 1)[:, :columns]
-        for strip, scale in zip(numbers.split(block[0]), spread, strict=True):
-            strip.mul_(scale)
-        place.copy_(numbers)
-    return found
-
-
-def from_mxfp4(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Multiplies blocks of four-bit numbers by their powers of two.
-
-    Args:
-        values: Two numbers a byte [E, out, G, B].
-        scales: Exponents, 127 for 0 [E, out, G].
-        dtype: Of the result.
-
-    Returns:
-        The matrices, transposed as gpt-oss holds them: [E, 2 G B, out].
-    """
-    import torch
-
-    members, out, groups, held = values.shape
-    found = torch.empty((members, groups * held * 2, out), dtype=dtype, device=values.device)
-    for place, matrix, factor in zip(found, values, _factors(scales), strict=True):
-        numbers = _numbers(matrix).mul_(factor[..., None])
-        place.copy_(numbers.reshape(out, -1).T)
-    return found
-
-
-def _numbers(packed: torch.Tensor) -> torch.Tensor:
-    """Four-bit numbers, two a byte, the lower half first: [..., n] → [..., 2 n] in float32."""
-    import torch
-
-    values = torch.tensor([*FOUR_BITS, *(-value for value in FOUR_BITS)], device=packed.device)
-    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)  # of every byte
-    halves = packed.contiguous().view(torch.uint8)
-    found = pairs.index_select(0, halves.reshape(-1).int())
-    return found.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
-def _factors(scales: torch.Tensor) -> torch.Tensor:
-    """Scales in float32; bytes are exponents of two (E8M0), 127 for 0."""
-    import torch
-
-    if scales.dtype == torch.uint8:
-        scales = scales.view(torch.float8_e8m0fnu)
-    return scales.float()

@@ -55,6 +55,21 @@ class TensorInfo:
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where on the hub a model directory comes from.
+
+    Attributes:
+        name: owner/name.
+        revision: The branch, tag or commit that was asked for; None for the default branch.
+        commit: What that was when the model was opened.
+    """
+
+    name: str
+    revision: str | None
+    commit: str
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads one safetensors header and checks it against the file's size.
 
@@ -100,6 +115,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """The index's map tensor → file; whether the files are there is not looked at.
+
+    Raises:
+        CheckpointError: It is malformed, or names what is no weight file beside it.
+    """
+    try:
+        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path / INDEX}: malformed index: {error!r}") from error
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path / INDEX}: malformed index: weight_map is no JSON object")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path / INDEX}: tensor {name} lies in {file!r}, outside the model directory"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path / INDEX}: {file} is no safetensors file")
+    return weight_map
+
+
 def _weight_files(path: Path) -> dict[str, str] | None:
     """The index's map tensor → file, or None for a single file; refuses all else.
 
@@ -108,19 +145,8 @@ def _weight_files(path: Path) -> dict[str, str] | None:
     if (path / SINGLE).exists():
         return None
     if (path / INDEX).exists():
-        try:
-            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path / INDEX}: malformed index: {error!r}") from error
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{path / INDEX}: malformed index: weight_map is no JSON object")
+        weight_map = read_index(path)
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise CheckpointError(
-                    f"{path / INDEX}: tensor {name} lies in {file!r}, outside the model directory"
-                )
-            if not file.endswith(".safetensors"):
-                raise CheckpointError(f"{path / INDEX}: {file} is no safetensors file")
             if not (path / file).is_file():
                 raise CheckpointError(
                     f"{path / file}: the file is missing; the index has tensor {name} in it"
@@ -145,15 +171,20 @@ class Source:
         path: The directory.
         headers: File → tensors, where the headers come from elsewhere (the hub) and the directory
             holds no weights: good for planning, not for reading.
+        origin: Where on the hub it comes from; None for a directory of the user's.
 
     Raises:
         CheckpointError: Anything missing, damaged, truncated or pointing outside the directory.
     """
 
     def __init__(
-        self, path: str | Path, headers: dict[str, dict[str, TensorInfo]] | None = None
+        self,
+        path: str | Path,
+        headers: dict[str, dict[str, TensorInfo]] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.path = Path(path)
+        self.origin = origin
         if not (self.path / "config.json").is_file():
             raise CheckpointError(f"{self.path}: no config.json; is it a model directory?")
         try:
@@ -199,6 +230,11 @@ class Source:
             elif stored not in hidden:
                 self.tensors[stored] = info
         self.config = unquantised(self.config, quantised.dtype)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub model; None for a directory of the user's."""
+        return None if self.origin is None else self.origin.commit
 
     def pretended(self, tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Source:
         """The same directory as if it held these tensors: to map names, not to read."""

@@ -7,7 +7,7 @@ the comparison's file or in a recipe that it names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import RecipeError, UserError
 from ..hookspecs import STAGES
 from ..recipe import Recipe, load_recipe
 from ..recipe.load import check_keys, validate
-from ..recipe.source import AssembledSource, KeyPath, Part, RecipeSource
+from ..recipe.source import AssembledSource, KeyPath, Part, RecipeSource, key_path
 from ..registry import Registry
 from .result import Budget
 from .schema import ComparisonFile
@@ -86,6 +86,7 @@ class LoadedComparison:
         self._source, self._registry = source, registry
         self._recipes = [self._recipe_source(index) for index in range(len(settings.rows))]
         self._names = self._named()
+        self._commit: str | None = None
         self.rows = [
             self.row(index, budget, seed)
             for index in range(len(settings.rows))
@@ -120,10 +121,19 @@ class LoadedComparison:
         """
         entry = self.settings.rows[index]
         recipe = load_recipe(self._assemble(index, budget, seed), (), self._registry)
+        if self._commit is not None:
+            recipe = recipe.on_hub(recipe.model, self._commit)
         name = self._names[index]
         own = entry.budgets is not None and entry.budgets != "none"
         settled = entry.unit is not None or (own and entry.unit is None and self._says_unit(index))
         return RowSpec(index, name, entry.label or name, recipe, budget, seed, settled)
+
+    def pin(self, commit: str) -> None:
+        """Takes the hub model of all rows as it was at a commit."""
+        self._commit = commit
+        self.rows = [
+            replace(row, recipe=row.recipe.on_hub(row.recipe.model, commit)) for row in self.rows
+        ]
 
     def in_bytes(self, row: RowSpec) -> RowSpec:
         """The same row with a budget that counts bytes."""
@@ -244,7 +254,7 @@ class LoadedComparison:
 
     def _set(self, source: AssembledSource, index: int, key: str, value: Any) -> None:
         place: KeyPath = ("rows", index, "set", key)
-        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        path = key_path(key)
         if path[0] not in ("steps", "allocate", "storage_dtype"):
             raise self._source.error(
                 place, "a row may change its steps, allocate and storage_dtype only"

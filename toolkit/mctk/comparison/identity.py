@@ -27,10 +27,12 @@ class Inputs:
     Attributes:
         fingerprint: Hash of the model's files.
         calibrations: By seed, the hash of the calibration tokens; None without calibration text.
+        commit: The hub model's; None of a directory.
     """
 
     fingerprint: str
     calibrations: dict[int, str | None]
+    commit: str | None = None
 
 
 def digest(value: Any) -> str:
@@ -113,7 +115,7 @@ def _read_inputs(loaded: LoadedComparison, cache: str | Path | None) -> Inputs:
         tokenizer = load_tokenizer(source.path, recipe.trust_remote_code)
         for seed in calibrations:
             calibrations[seed] = draw_calibration(recipe, tokenizer, seed).digest
-    return Inputs(fingerprint, calibrations)
+    return Inputs(fingerprint, calibrations, source.commit)
 
 
 def row_identity(row: RowSpec, inputs: Inputs) -> str:

@@ -316,6 +316,12 @@ class Comparison:
     finished: bool = False
     made: str | None = None
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the tables of comparison.md."""
+        from .markdown import markdown
+
+        return markdown(self)
+
     def at(self, budget: Budget | None) -> list[Row]:
         """The rows of one budget, in order; None: those without one.
 

@@ -61,6 +61,8 @@ class Session:
     ) -> None:
         self.loaded, self.registry, self.store, self.cache = loaded, registry, store, cache
         self.inputs: Inputs = find_inputs(loaded, store.memory, cache)
+        if self.inputs.commit is not None:  # what moves on the hub meanwhile moves no row
+            loaded.pin(self.inputs.commit)
         self.evaluated = evaluation_identity(loaded, self.inputs)
         self.original: Original | None = store.original(self.evaluated)
         self.slots = [Slot(spec) for spec in loaded.rows]

@@ -92,7 +92,9 @@ class RowEntry(_Model):
 class ComparisonFile(_Model):
     """A checked comparison; make one with `load_comparison`."""
 
-    model: str = Field(min_length=1, description="a model directory, or a name on the hub")
+    model: str = Field(
+        min_length=1, description="a model directory, or a name on the hub: owner/name[@revision]"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     output: str = Field(

@@ -21,6 +21,7 @@ from ..checkpoint import experts_per_token
 from ..engine import Reporter, run
 from ..engine.conclude import (
     evaluation_settings,
+    hub_record,
     known_original,
     license_of,
     logits_of,
@@ -217,6 +218,7 @@ class _Work:
             "model": {
                 "name": recipe.model_name,
                 "path": str(plan.source.path),
+                **hub_record(plan.source),
                 "model_type": plan.model.config.model_type,
                 "layers": len(plan.model.layers),
                 "experts": max(experts) if max(experts, default=1) > 1 else None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,25 @@ def work(job: Job) -> Outcome:
     return {**found, "fresh_process_equal": checked or None}
 
 
+@contextlib.contextmanager
+def _script_left_alone() -> Iterator[None]:
+    """Keeps processes that start now from running the caller's script again.
+
+    A spawned process imports the main module of its parent, and a script without a guard by
+    `__name__` would begin the comparison anew in each. Nothing here is defined in such a module.
+    """
+    main: Any = sys.modules["__main__"]
+    kept = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+    for name in kept:
+        delattr(main, name)
+    main.__spec__ = None  # asked for by name
+    try:
+        yield
+    finally:
+        del main.__spec__
+        vars(main).update(kept)
+
+
 class Workers:
     """A pool of processes.
 
@@ -92,11 +112,12 @@ class Workers:
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Hands a job to the next process that is free."""
-        try:
-            return self._open().submit(work, job)
-        except BrokenProcessPool:
-            self.close()
-            return self._open().submit(work, job)
+        with _script_left_alone():
+            try:
+                return self._open().submit(work, job)
+            except BrokenProcessPool:
+                self.close()
+                return self._open().submit(work, job)
 
     def outcomes(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Does the jobs; yields them as they are done.

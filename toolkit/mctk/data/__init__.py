@@ -1,7 +1,9 @@
 """Text: sources of documents, and the token windows that are cut from them."""
 
-from mctk.data.sources import MixedSource, Source, TextError, load_documents
-from mctk.data.windows import TokenWindows, calibration_windows, evaluation_windows
+from mctk.data.chat import check_template
+from mctk.data.documents import load_documents
+from mctk.data.sources import MixedSource, Source, TextError
+from mctk.data.windows import TokenWindows, calibration_windows, evaluation_windows, shares
 
 __all__ = [
     "MixedSource",
@@ -9,6 +11,8 @@ __all__ = [
     "TextError",
     "TokenWindows",
     "calibration_windows",
+    "check_template",
     "evaluation_windows",
     "load_documents",
+    "shares",
 ]

@@ -8,7 +8,8 @@ How calibration sequences are drawn, so that they stay when a corpus grows:
 2. In that order they are bundled. Whether a bundle ends after a document depends on this document
    alone (its key against its length), so that bundles hold `BUNDLE` windows on average and a
    document of that length or more stands alone. A bundle's documents are joined by the end-of-text
-   token and cut into windows; its tail is dropped.
+   token (conversations by nothing: their template ends them) and cut into windows; its tail is
+   dropped.
 3. Every window has a key, a hash of (seed, document it starts in, position there). The windows with
    the smallest keys are the sequences, in the order of their keys: any prefix is as random a draw.
 
@@ -27,7 +28,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mctk.data.sources import DATASETS, MixedSource, Source, TextError, load_documents
+from mctk.data.documents import load_documents
+from mctk.data.sources import DATASETS, MixedSource, Source, TextError
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +71,18 @@ def calibration_windows(
         N windows of [length], by key; those of several sources are mixed through each other.
 
     Raises:
-        TextError: If a source is not there or holds too little text.
+        TextError: If a source is not there, holds too little text, or gets no sequence.
     """
     drawn: list[tuple[bytes, str, list[int]]] = []
     sources = [source] if isinstance(source, Source) else list(source)
-    counts = _shares([getattr(part, "weight", 1.0) for part in sources], sequences)
+    counts = shares([getattr(part, "weight", 1.0) for part in sources], sequences)
     for part, count in zip(sources, counts, strict=True):
         if not count:
-            continue  # fewer sequences than sources
+            raise TextError(
+                f"'{part.label}' gets none of the {sequences} sequences by its weight: ask for "
+                "more sequences, raise its weight, or leave it out",
+                part,
+            )
         windows = _draw(tokenizer, part, count, length, seed)
         if len(windows) < count:
             raise TextError(
@@ -97,7 +103,8 @@ def evaluation_windows(
 
     Documents are joined as papers join them (wikitext2 and local text by an empty line, ptb and c4
     by a space; of c4 the first 1100 validation documents and at most 256 windows), tokenised once
-    with the tokenizer's own special tokens, and cut; the tail is dropped.
+    with the tokenizer's own special tokens, and cut; the tail is dropped. Conversations follow each
+    other as their template ends them; it also puts the special tokens.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -110,12 +117,15 @@ def evaluation_windows(
     """
     joiner, rows = "\n\n", None
     split = "test"
-    if source.dataset is not None:
+    if source.chat:
+        joiner = ""
+    elif source.dataset in DATASETS:
         dataset = DATASETS[source.dataset]
         joiner, rows, split = dataset.joiner, dataset.evaluation_rows, dataset.evaluation_split
         limit = min(filter(None, (limit, dataset.evaluation_windows)), default=None)
-    text = joiner.join(islice(load_documents(source, split), rows))
-    ids = tokenizer([text], verbose=False)["input_ids"][0]
+    text = joiner.join(islice(load_documents(source, split, tokenizer), rows))
+    special = {"add_special_tokens": False} if source.chat else {}
+    ids = tokenizer([text], verbose=False, **special)["input_ids"][0]
     count = len(ids) // length
     if count == 0:
         raise TextError(
@@ -137,12 +147,13 @@ def _draw(
     # A token is about four characters; where it is more, look further.
     kept = 8 * wanted
     while True:
-        texts, complete = _smallest(load_documents(source), kept, seed)
+        texts, complete = _smallest(load_documents(source, tokenizer=tokenizer), kept, seed)
         pool = _tokenise(tokenizer, texts, wanted)
         if complete or sum(len(ids) for _, ids in pool) >= wanted:
             break
         kept *= 4
-    windows = sorted(_cut(pool, length, getattr(tokenizer, "eos_token_id", None), seed))
+    eos = None if source.chat else getattr(tokenizer, "eos_token_id", None)
+    windows = sorted(_cut(pool, length, eos, seed))
     return windows[:count]
 
 
@@ -230,14 +241,22 @@ def _key(seed: int, purpose: str, content: bytes) -> bytes:
     return hashlib.blake2b(f"{seed} {purpose}\0".encode() + content, digest_size=16).digest()
 
 
-def _shares(weights: list[float], total: int) -> list[int]:
-    """Splits `total` by weights; what rounding leaves goes to the largest remainders."""
+def shares(weights: list[float], total: int) -> list[int]:
+    """Splits `total` by weights; what rounding leaves goes to the largest remainders.
+
+    Args:
+        weights: One for each source.
+        total: Sequences.
+
+    Returns:
+        How many each source gives; may be none.
+    """
     exact = [total * weight / sum(weights) for weight in weights]
-    shares = [int(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
 
 
 def _windows(windows: list[list[int]], sources: list[str], length: int) -> TokenWindows:

@@ -211,7 +211,7 @@ def compress(
                     with run.fate.own():
                         found = _layer(run, layer, reference)
                         errors += [(error, run.output.name) for error in found]
-                        registry.hook.layer_done(run=run, layer=index)
+                        registry.call("layer_done", run=run, layer=index)
             if stream is not None:
                 stream.done(index)
             for run in alive(working):

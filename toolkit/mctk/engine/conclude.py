@@ -16,28 +16,31 @@ import yaml
 from ..evaluate import LogitStore, compare, evaluate_model
 from ..evaluate.loading import text_stamps, versions
 from ..files import write_json, write_text
+from ..hookspecs import SPEC
 from ..models import auto_class_name
 from ..planning import (
     TOLERANCE,
     at_most,
     byte_warnings,
     coarse_warning,
-    count_model,
     quantised_record,
     uniform,
     unread_record,
     unread_warnings,
 )
 from ..recipe import placed
+from ..registry import OWN
 from ..report import render_card, render_report
 from .compress import Run, size_from_record
+from .environment import environment, packages
 from .memory import peak_device_bytes, peak_process_bytes
 from .progress import Reporter
 from .shards import experts_kept
 
 if TYPE_CHECKING:
+    from ..checkpoint import Source
     from ..planning import Plan
-    from ..recipe import Evaluate
+    from ..recipe import Evaluate, Recipe
     from ..registry import Registry
 
 # Whose parameters or bytes a budget is a share of.
@@ -62,7 +65,7 @@ def conclude(
         return json.loads(path.read_text())
     evaluation = _evaluate(run, directory, fingerprint, reporter) if section else {}
     metrics = _metrics(run, evaluation, started, command)
-    for columns in registry.hook.table_columns(run=run):
+    for columns in registry.call("table_columns", run=run):
         metrics["columns"] |= columns
     write_reports(run.output, metrics)
     run.workspace.manifest["evaluated"] = asked
@@ -109,9 +112,10 @@ def original_path(plan: Plan, section: Evaluate, directory: Path, fingerprint: s
     """Where the cache keeps the original's figures, by all that they depend on."""
     asked = section.model_dump(mode="json")
     settings = evaluation_settings(plan)
-    key = json.dumps(
-        [fingerprint, asked, settings, versions(), text_stamps(section.perplexity)], sort_keys=True
-    )
+    parts = [fingerprint, asked, settings, versions(), text_stamps(section.perplexity)]
+    if plan.source.commit is not None:  # a hub model's tokenizer may have changed alone
+        parts.append(plan.source.commit)
+    key = json.dumps(parts, sort_keys=True)
     return directory / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
@@ -164,8 +168,9 @@ def _metrics(
     recipe, model = plan.recipe, plan.model
     changed = plan.layout(run.sizes or size_from_record(manifest["sizes"]))
     kind = manifest.get("output_kind", "mctk")
-    said = uniform(plan, experts_kept(manifest["layers"]))
-    planned = None if changed is None else count_model(model, changed, plan.left_out(said))
+    left = experts_kept(manifest["layers"])
+    said = uniform(plan, left)
+    planned = None if changed is None else plan.count(changed)
     layers = [
         {"layer": int(index), **{k: v for k, v in record.items() if k not in ("modules", "sha256")}}
         for index, record in sorted(manifest["layers"].items(), key=lambda item: int(item[0]))
@@ -177,7 +182,7 @@ def _metrics(
     ]
     budget = None
     if plan.allowed is not None and recipe.budget is not None:
-        attained = plan.attained(manifest["attained"], said)
+        attained = plan.attained(manifest["attained"], left)
         short = (plan.allowed - attained) / plan.scope
         way = "keep" if recipe.budget.keep is not None else "remove"
         share = recipe.budget.keep or recipe.budget.remove or 0.0
@@ -207,7 +212,8 @@ def _metrics(
         }
     return {
         "mctk_version": versions().get("mctk"),
-        "versions": {**_libraries(), "platform": sys.platform},
+        "versions": {**_libraries(), **packages(), "platform": sys.platform, **_plugins(recipe)},
+        "environment": environment(model),
         "command": shlex.join(command) if command else None,
         "recipe": recipe.canonical(),
         "recipe_text": recipe.published(),
@@ -216,6 +222,7 @@ def _metrics(
             "model_type": model.config.model_type,
             "auto_class": auto_class_name(model.config),
             "path": str(plan.source.path),
+            **hub_record(plan.source),
             "license": license_of(plan.source.path),
         },
         "output_kind": kind,
@@ -241,6 +248,14 @@ def _metrics(
     }
 
 
+def hub_record(source: Source) -> dict[str, str | None]:
+    """What is known of a model's place on the hub; all of it None for a directory."""
+    origin = source.origin
+    if origin is None:
+        return {"hub": None, "revision": None, "commit": None}
+    return {"hub": origin.name, "revision": origin.revision, "commit": origin.commit}
+
+
 def license_of(path: Path) -> str | None:
     """The licence that the model's own card states, carried over to the result's."""
     card = path / "README.md"
@@ -262,6 +277,15 @@ def _libraries() -> dict[str, str]:
     return {name: version for name, version in versions().items() if name != "mctk"}
 
 
+def _plugins(recipe: Recipe) -> dict[str, str]:
+    """The version of the hook specifications, and the plugins at work that are not mctk's own."""
+    methods = [step.method for step in recipe.steps]
+    methods += [recipe.allocate.method] if recipe.allocate is not None else []
+    origins = [method.origin for method in methods if method.origin is not None]
+    foreign = {o.distribution: o.version for o in origins if o.distribution not in ("", OWN)}
+    return {"hook specifications": str(SPEC), **foreign}
+
+
 def _token_warnings(layers: list[dict[str, Any]]) -> list[str]:
     """Experts that calibration hardly reached: their statistics rest on few tokens."""
     unseen = [
@@ -273,4 +297,7 @@ def _token_warnings(layers: list[dict[str, Any]]) -> list[str]:
     if not unseen:
         return []
     more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-    return [f"no calibration token reached {', '.join(unseen[:3])}{more}"]
+    return [
+        f"no calibration token reached {', '.join(unseen[:3])}{more}: what is known of them rests "
+        "on nothing; calibrate on more text (calibration.sequences), or on text of other kinds"
+    ]

@@ -11,6 +11,7 @@ method only, stay as they are.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 from ..files import write_json
 from ..linalg import remembered
 from ..planning import Plan
+from ..registry import calling, place_of
 from ..sweep import StreamedModel
 from ..terms import DENSE, SizeCurve
 from .compress import LiveLayer, Run, Sample, room_for_directions
@@ -126,10 +128,13 @@ def _layer_curves(run: Run, live: LiveLayer, curves: list[SizeCurve]) -> dict[st
         for earlier in range(plan.prepared, number):
             banks = _after_step(plan, earlier, layer, banks, original, statistics)
         given = plan.step_banks(number, banks)
-        settings, _ = step.method.sizes(on_meta(given), step.options)
-        errors = dict(
-            zip(settings, step.method.curve(given, statistics, step.options), strict=True)
-        )
+        with calling(step.method, "sizes", place_of(given)):
+            settings, _ = step.method.sizes(on_meta(given), step.options)
+        with calling(step.method, "curve", place_of(given)):
+            found_errors = step.method.curve(given, statistics, step.options)
+            errors = dict(zip(settings, found_errors, strict=True))
+            if not all(math.isfinite(error) and error >= 0 for error in errors.values()):
+                raise ValueError(f"errors {list(errors.values())}: not finite, or negative")
         own = _falling([errors[setting] for setting in curve.settings])
         if whole is None:  # scores of one method: they are in one unit as they are
             found[_key(curve)] = {"error": own, "raw": own}

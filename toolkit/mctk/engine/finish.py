@@ -40,7 +40,6 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
     records = [layers[str(index)] for index in range(len(model.layers))]
     modules = {path: spec for record in records for path, spec in record["modules"].items()}
     left = experts_kept(layers)
-    gone = plan.left_out(uniform(plan, left))
     kind = written_kind(plan, modules, left)
     if workspace.outer() is None:
         workspace.add_outer(write_outer(plan, run.output, left))
@@ -59,7 +58,7 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
     gate: dict[str, Any] = {"tensors_changed": changed, "tensors_total": total}
     terms = plan.layout(run.sizes)
     if terms is not None:
-        check_sizes(count_model(model, terms, gone), parameters, nbytes)
+        check_sizes(plan.count(terms), parameters, nbytes)
     gate["sizes_equal"] = True
     if plan.recipe.gate:
         name = run.output.name
@@ -83,6 +82,7 @@ def finish_files(run: Run, sample: Sample, reporter: Reporter, fresh_process: bo
                 gate["fresh_process_equal"] = None
                 reporter.step(f"{equal}; from_pretrained is left to the evaluation's process")
     workspace.manifest["gate"] = gate
+    gone = plan.left_out(uniform(plan, left))
     workspace.manifest["attained"] = _attained(run, gone, parameters, nbytes)
     workspace.manifest["finished"] = True
     workspace.manifest["seconds"] = {k: round(v, 3) for k, v in reporter.seconds.items()}
@@ -103,8 +103,7 @@ def _providers(modules: dict[str, Any]) -> list[str]:
 
 def _attained(run: Run, gone: Collection[str], parameters: int, nbytes: int) -> dict[str, int]:
     """The result's sizes: stored ones from the files, active ones from the terms in them."""
-    changed = terms_of(run)
-    sizes = count_model(run.plan.model, changed, gone).as_dict()
+    sizes = count_model(run.plan.model, terms_of(run), gone).as_dict()
     return {**sizes, "parameters": parameters, "bytes": nbytes}
 
 

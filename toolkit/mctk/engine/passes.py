@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, brief
+from ..errors import UserError
 from ..notes import collect
+from ..registry import calling, place_of
 from ..terms import Bank, Bias, Term
+from .prepared import on_meta
 
 if TYPE_CHECKING:
     from ..planning import Plan, Size
@@ -75,18 +77,14 @@ def apply_step(
     step: Step, names: list[str], now: Banks, original: Banks, statistics: Any, size: int | None
 ) -> dict[str, list[Term]]:
     """One call of a method, its result checked."""
-    where = f"{step.stage}/{step.method.name} on {', '.join(names)} of layer {now[names[0]].layer}"
-    try:
+    place = place_of({name: now[name] for name in names})
+    with calling(step.method, step.stage, place):
         found = _call(step, names, now, original, statistics, size)
         for name, terms in found.items():
             for term in terms:
-                _check_finite(term, where)
+                _check_finite(term, f"{step.stage}/{step.method.name} on {place}")
             # A bank checks that they are terms of its shape.
             Bank(name, now[name].layer, now[name].shape, terms)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a stranger's method may raise
-        raise UserError(f"{where} failed: {type(error).__name__}: {brief(error)}") from error
     return found
 
 
@@ -96,24 +94,48 @@ def _call(
     """Calls the hook of the step's stage."""
     method = step.method
     layer = {name: now[name] for name in names}
+    kept: dict[str, list[Term]] = {}  # what stays beside the method's terms
     if step.stage == "decompose":
         name = names[0]
         # A bias is no matrix: it stays beside whatever replaces the weights.
-        biases = [term for term in now[name].terms if isinstance(term, Bias)]
-        bank = now[name].without_biases()
-        found = {name: [*method.decompose(bank, statistics, size, step.options), *biases]}
+        kept[name] = [term for term in now[name].terms if isinstance(term, Bias)]
+        layer = {name: now[name].without_biases()}
+        found = {name: list(method.decompose(layer[name], statistics, size, step.options))}
     elif step.stage in ("compensate", "distill"):
         before = {name: original[name] for name in names}
         arguments = (size, step.options) if step.stage == "compensate" else (step.options,)
         found = dict(getattr(method, step.stage)(layer, before, statistics, *arguments))
         if step.stage == "compensate":
-            found = {name: [*now[name].terms, *terms] for name, terms in found.items()}
+            kept = {name: now[name].terms for name in names}
     else:
         found = dict(getattr(method, step.stage)(layer, statistics, size, step.options))
     for name in found:
         if name not in layer:
             raise ValueError(f"returned terms for {name}, which it was not given")
-    return found
+    _check_stored(step, layer, size, found)
+    if step.stage == "compensate":
+        return {name: [*kept[name], *terms] for name, terms in found.items()}
+    return {name: [*terms, *kept.get(name, [])] for name, terms in found.items()}
+
+
+def _check_stored(
+    step: Step, layer: Mapping[str, Bank], size: int | None, found: Mapping[str, Sequence[Term]]
+) -> None:
+    """What a method stores is what its layout foretold: else a run would end at its gate.
+
+    Raises:
+        ValueError: It is more, or less.
+    """
+    planned = step.method.layout(on_meta(layer), size, step.options)
+    if planned is None:
+        return
+    stored, foretold = (
+        {name: sum(term.parameters() for term in terms) for name, terms in each.items()}
+        for each in (found, planned)
+    )
+    # Data may decide which bank or member stores how much, but not how much there is.
+    if stored.keys() != foretold.keys() or sum(stored.values()) != sum(foretold.values()):
+        raise ValueError(f"stores {stored} parameters at size {size}, its layout() says {foretold}")
 
 
 def _check_finite(term: Term, where: str) -> None:

@@ -12,10 +12,11 @@ import torch
 from ..data import TokenWindows
 from ..errors import UserError
 from ..evaluate.loading import load_tokenizer, resolve_device
-from ..files import write_json
+from ..files import room_for, write_json
 from ..models import has_expert_list
 from ..planning import Plan, count_windows, make_plan
 from ..recipe import draw_calibration
+from ..report.tables import size
 from ..statistics import Need, StatisticsCache, cache_directory
 from ..terms import SizeCurve
 from .calibrate import cache_context, calibrate
@@ -89,7 +90,7 @@ def run(
                 with fate.own():
                     _open(plan, fate, fingerprint, windows, runs, reporter)
         if runs:
-            registry.hook.run_started(run=runs[0] if len(recipes) == 1 else runs)
+            registry.call("run_started", run=runs[0] if len(recipes) == 1 else runs)
         todo = [r for r in alive(runs) if not r.workspace.manifest["finished"]]
         for r in todo:
             # First, so that a text or task that cannot be measured costs no hours of compression.
@@ -122,11 +123,32 @@ def _plan_all(
         with fate.own():
             model = plans[0][0].model if plans else None
             plan = make_plan(recipe, registry, device, model)
+            if len(recipes) == 1:  # of many `mctk compare` says how much they take together
+                _check_room(plan)
             if recipe.evaluate not in measured:
                 count_windows(plan)
                 measured.append(recipe.evaluate)
             plans.append((plan, fate))
     return plans
+
+
+def _check_room(plan: Plan) -> None:
+    """Refuses a run whose output would fill the disk, where its size is known before.
+
+    Raises:
+        RecipeError: It is larger than what is free.
+    """
+    changed = None if plan.needs_curves or plan.pending else plan.layout(plan.solve())
+    if changed is None:
+        return  # data decide its size; `mctk plan` has a bound, and warns
+    need = plan.count(changed).bytes
+    place, free = room_for(plan.recipe.output)
+    if need > free:
+        raise plan.recipe.error(
+            ("output",),
+            f"the result takes {size(need)}, and {place} has {size(free)} free; "
+            "choose an output on a larger disk",
+        )
 
 
 def _open(
@@ -139,7 +161,7 @@ def _open(
 ) -> None:
     """Opens a run's directory and adds the run to `runs`."""
     workspace = Workspace(plan.recipe.output)
-    workspace.open(_identity(plan, fingerprint, windows))
+    workspace.open(_identity(plan, fingerprint, windows), plan.source.commit)
     runs.append(Run(plan, workspace, fate))
     workspace.manifest["sources"] = sorted(set(windows.sources)) if windows else []
     reporter.add_log(workspace.output / "run.log")

@@ -37,11 +37,12 @@ class Workspace:
         """Where the manifest lies."""
         return self.state / "manifest.json"
 
-    def open(self, identity: dict[str, Any]) -> None:
+    def open(self, identity: dict[str, Any], commit: str | None = None) -> None:
         """Takes the lock and reads or begins the manifest.
 
         Args:
             identity: All that the run's result depends on.
+            commit: The hub model's, to be told should it be another one next time.
 
         Raises:
             UserError: The directory holds something else, another run's state, or a run at work.
@@ -61,18 +62,19 @@ class Workspace:
         for leftover in [*self.output.glob(".*.tmp"), *self.state.glob(".*.tmp")]:
             leftover.unlink()  # of a run that was killed while it wrote
         try:
-            self._read(identity)
+            self._read(identity, commit)
         except BaseException:
             self.close()
             raise
 
-    def _read(self, identity: dict[str, Any]) -> None:
+    def _read(self, identity: dict[str, Any], commit: str | None) -> None:
         import json
 
         if not self.manifest_path.exists():
             self.manifest = {
                 "format": FORMAT,
                 "identity": identity,
+                "commit": commit,
                 "sizes": None,
                 "layers": {},
                 "outer": None,
@@ -88,6 +90,13 @@ class Workspace:
         if found != FORMAT:
             raise UserError(f"{self.manifest_path}: format {found}, this mctk knows {FORMAT}")
         difference = first_difference(known, json.loads(json.dumps(identity)))
+        began = self.manifest.get("commit")
+        if difference.startswith("model:") and commit and began and commit != began:
+            raise UserError(
+                f"output: the model has moved on the hub, from commit {began}, with which the run "
+                f"in {self.output} began, to {commit}; write model: name@{began} to go on, or "
+                "choose another --output"
+            )
         if difference:
             raise UserError(
                 f"output: {self.output} holds another run ({difference}); choose another "

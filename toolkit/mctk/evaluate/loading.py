@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, brief
+from ..errors import CheckpointError, UserError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +59,13 @@ def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: b
     Weights that are stored quantised are dequantised as they are when the model is streamed; on a
     GPU transformers would compute with them as they are, other numbers than those compressed.
 
+    Of tensors that mctk lists as unread transformers' report is not shown: they are no failure, and
+    plan and report have said what they are.
+
     Raises:
         CheckpointError: Tensors are missing or contradict config.json.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as progress_bars
 
     from ..checkpoint import Source, fill
     from ..models import auto_class, language_part
@@ -76,17 +81,51 @@ def load_model(path: Path, device: str, dtype: torch.dtype, trust_remote_code: b
             fill(streamed.model, source, tensors, device, module)
         return streamed.language
     placed = {} if device == "cpu" else {"device_map": {"": device}}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # progress is ours to tell
+    shown = progress_bars.is_progress_bar_enabled()
+    progress_bars.disable_progress_bar()  # progress is ours to tell
     try:
-        model = auto_class(streamed.config).from_pretrained(
-            str(path), dtype=dtype, trust_remote_code=trust_remote_code, **placed
-        )
+        with _report_held() as held:
+            model, info = auto_class(streamed.config).from_pretrained(
+                str(path),
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **placed,
+            )
+            if streamed.unread.names:
+                held.clear()
     finally:
         if shown:
-            logging.enable_progress_bar()
+            progress_bars.enable_progress_bar()
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointError(
+            f"{path}: transformers found no {missing} for {type(model).__name__}, and filled in "
+            "random numbers"
+        )
     restore_buffers(model)  # transformers leaves those of remote code uninitialised
     return language_part(model.eval())[1]
+
+
+@contextlib.contextmanager
+def _report_held() -> Iterator[list[logging.LogRecord]]:
+    """Holds transformers' reports of what it found while loading; at the end tells those left."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield held
+    finally:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
 
 
 def weights_fit(

@@ -67,7 +67,7 @@ def check_biases(mine: nn.Module, original: nn.Module, layer: int, constants: bo
             what = "experts that are constants (prune: mone)" if site.part == "down" else "biases"
             instead = "export it with --expert-substitution, or " if site.part == "down" else ""
             raise UserError(
-                f"layer {layer}: {name} holds {what}, and {type(original).__name__} has no bias "
+                f"layer {layer}: {name} holds {what}, and the original's architecture has no bias "
                 f"there to hold them, so this model cannot be multiplied out; {instead}serve it in "
                 "mctk's format"
             )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..checkpoint.fewer import ONE_EXPERT
 from ..engine.shards import copy_companions, copy_tensors, shard_name, write_index
 from ..errors import UserError
-from ..files import write_json, write_tensors
+from ..files import room_for, write_json, write_tensors
 from ..models import bank_sites, read_banks, write_banks
 from .layout import Constants, LayerLayout, Layout, restored
 
@@ -28,20 +29,28 @@ def building(output: Path) -> Iterator[Path]:
     """A directory to write in beside `output`, which becomes `output` if nothing fails.
 
     Raises:
-        UserError: `output` exists.
+        UserError: `output` exists, or another export is at work on it.
     """
     if output.exists():
         raise UserError(f"{output}: exists already; give another --output, or remove it")
     place = output.with_name(f".{output.name}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():  # of an export that was killed
-        shutil.rmtree(place)
-    place.mkdir()
+    beside = output.with_name(f".{output.name}.lock")
+    lock = FileLock(str(beside))
     try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{output}: another export is at work on it") from None
+    try:
+        if place.exists():  # of an export that was killed
+            shutil.rmtree(place)
+        place.mkdir()
         yield place
         place.rename(output)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        beside.unlink(missing_ok=True)
+        lock.release()
 
 
 def check_disk(output: Path, need: int) -> None:
@@ -51,11 +60,10 @@ def check_disk(output: Path, need: int) -> None:
         output: The directory that will be made.
         need: Bytes that it will take.
     """
-    parent = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
+    place, free = room_for(output)
     if need > free:
         raise UserError(
-            f"{output}: needs {need / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free"
+            f"{output}: needs {need / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free"
         )
 
 

@@ -21,6 +21,7 @@ from .sites import (
     is_experts,
     neighbours,
     own_tensors,
+    stated_groups,
 )
 from .skeleton import (
     EXPERTS_IMPLEMENTATION,
@@ -60,6 +61,7 @@ __all__ = [
     "renumbered",
     "resolve_dtype",
     "side_parts",
+    "stated_groups",
     "text_part",
     "write_banks",
 ]

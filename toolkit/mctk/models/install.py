@@ -69,7 +69,7 @@ def installed(
             router = find_router(layer, sites)
             assert router is not None
             kept = [number for number in range(router.experts) if number not in gone]
-            stack.enter_context(router_of(layer, router, kept))
+            stack.enter_context(router_of(layer.get_submodule, router, kept))
             originals[router.module] = layer.get_submodule(router.module)
             as_modules = keep_form and keeps_form(banks.values())
             rest = {n: bank for n, bank in banks.items() if sites[n].part == "linear"}

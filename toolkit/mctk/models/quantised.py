@@ -43,6 +43,12 @@ def refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
         CheckpointError: Names the format and what to do.
     """
     said = quantisation(config)
+    if said is not None and "quant_method" not in said[2] and "transform_config" in said[2]:
+        transforms = ", ".join(map(str, said[2]["transform_config"]))
+        raise CheckpointError(
+            f"{path / 'config.json'}: {said[0]}: the weights are not quantised, but transformed "
+            f"({transforms}), a form for serving that is not read; give what it was made from"
+        )
     if said is not None:
         raise CheckpointError(
             f"{path / 'config.json'}: {said[0]}: weights quantised by {said[1]!r} cannot be read; "

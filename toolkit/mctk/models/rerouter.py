@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..runtime import with_fewer
-from .routing import clone, find_router
+from .routing import clone, find_router, router_of
 from .sites import BankSite
 
 
@@ -41,7 +40,8 @@ class Rerouter:
         _check_alone(block, self._name)
         copies = {found.block: clone(block)}
         self._block = copies[found.block]
-        held = [path.rpartition(".")[0] for path in (*found.tensors, *found.counts)]
+        changed = (*found.tensors, *found.tables, *found.counts)
+        held = [path.rpartition(".")[0] for path in changed]
         held += found.configs
         for path in sorted({path for path in held if not _within(path, found.module)}):
             parent = self._block
@@ -52,19 +52,6 @@ class Rerouter:
                     parent._modules[step.rpartition(".")[2]] = copies[step]
                 parent = copies[step]
         self._copies = copies
-        self._tensors = {
-            path: layer.get_parameter(path)
-            if _is_parameter(layer, path)
-            else layer.get_buffer(path)
-            for path in found.tensors
-        }
-        self._counts = {
-            path: getattr(copies[where], name)
-            for path in found.counts
-            for where, _, name in [path.rpartition(".")]
-            if where in copies
-        }
-        self._configs = {path: copies[path].config for path in found.configs}
         listed = isinstance(layer.get_submodule(found.module), nn.ModuleList)
         for name, child in block.named_children():
             path = f"{found.block}.{name}"
@@ -96,20 +83,11 @@ class Rerouter:
             UserError: The block does not hand out its choice.
         """
         kept = sorted(kept)
-        for path, tensor in self._tensors.items():
-            where, _, name = path.rpartition(".")
-            module = self._copies[where]
-            store = module._parameters if name in module._parameters else module._buffers
-            store[name] = self.router.smaller(path, tensor, kept)  # type: ignore[assignment]
-        gone = self.router.experts - len(kept)
-        for path, value in self._counts.items():
-            where, _, name = path.rpartition(".")
-            setattr(self._copies[where], name, value - gone)
-        for path, config in self._configs.items():
-            self._copies[path].config = with_fewer(config, self.router.experts, len(kept))
-        device = next(iter(self._tensors.values())).device
+        where, _, name = next(iter(self.router.tensors)).rpartition(".")
+        device = getattr(self._copies[where], name).device
         try:
-            self._block(inputs[None].to(device))
+            with router_of(self._copies.__getitem__, self.router, kept):
+                self._block(inputs[None].to(device))
         except _Routed as routed:
             index, weights = routed.args
             return torch.as_tensor(kept, device=device)[index.long()], weights.float()
@@ -133,11 +111,6 @@ def _check_alone(block: nn.Module, name: str) -> None:
 
 def _within(path: str, module: str) -> bool:
     return path == module or path.startswith(module + ".")
-
-
-def _is_parameter(layer: nn.Module, path: str) -> bool:
-    where, _, name = path.rpartition(".")
-    return name in layer.get_submodule(where)._parameters
 
 
 class _Routed(Exception):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -229,11 +229,13 @@ def renumbered(table: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def router_of(layer: nn.Module, router: RouterSite, kept: Sequence[int]) -> Iterator[None]:
-    """While open, the layer's router knows the kept experts only; the experts are not touched.
+def router_of(
+    module_at: Callable[[str], nn.Module], router: RouterSite, kept: Sequence[int]
+) -> Iterator[None]:
+    """While open, a layer's router knows the kept experts only; the experts are not touched.
 
     Args:
-        layer: The layer, filled.
+        module_at: The layer's module of a path, filled: its `get_submodule`, or copies.
         router: What `find_router` found in it.
         kept: The experts that stay, ascending.
     """
@@ -241,7 +243,7 @@ def router_of(layer: nn.Module, router: RouterSite, kept: Sequence[int]) -> Iter
     with contextlib.ExitStack() as stack:
         for path in (*router.tensors, *router.tables):
             where, _, name = path.rpartition(".")
-            module = layer.get_submodule(where)
+            module = module_at(where)
             store = module._parameters if name in module._parameters else module._buffers
             before = store[name]
             assert before is not None
@@ -250,12 +252,12 @@ def router_of(layer: nn.Module, router: RouterSite, kept: Sequence[int]) -> Iter
         for path in router.counts:
             where, _, name = path.rpartition(".")
             if where != router.module:
-                module = layer.get_submodule(where)
+                module = module_at(where)
                 value = getattr(module, name)
                 stack.callback(setattr, module, name, value)
                 setattr(module, name, value - gone)
         for path in router.configs:
-            module = layer.get_submodule(path)
+            module = module_at(path)
             stack.callback(setattr, module, "config", module.config)
             module.config = with_fewer(module.config, router.experts, len(kept))
         yield

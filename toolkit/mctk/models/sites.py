@@ -222,6 +222,18 @@ def router_groups(block: nn.Module, experts: int) -> tuple[int, int]:
     return groups, top_groups
 
 
+def stated_groups(block: nn.Module) -> tuple[int, int] | None:
+    """The two numbers of `router_groups` as one module of a block states both, true or not."""
+    for module in (block, *block.children()):
+        groups, chosen = (
+            [v for name, v in vars(module).items() if type(v) is int and pattern.fullmatch(name)]
+            for pattern in (_GROUPS, _TOP_GROUPS)
+        )
+        if groups and chosen:
+            return groups[0], chosen[0]
+    return None
+
+
 def own_tensors(layer: nn.Module, site: BankSite) -> list[str]:
     """The names, within the bank's module, of what that module holds itself.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..registry import calling
 from ..terms import DENSE, Bank, SizeCurve, Term
 from .layout import DataDecide, MetaTerms, apply_layout, banks_now, groups, lay_out_layer
 from .quantised import stored_share
@@ -75,7 +76,8 @@ def set_budget(plan: Plan) -> None:
         )
     largest = sum(curve.cost[-1] for curve in items)
     if largest < plan.budget - TOLERANCE * plan.scope:
-        used = (rest_in_scope + largest) / plan.scope
+        plan.reachable = rest_in_scope + largest
+        used = plan.reachable / plan.scope
         plan.warnings.append(
             f"the largest sizes of the auto steps keep {used:.1%} of the {budget.of}: the budget "
             f"of {budget.kept:.1%} cannot be used up"
@@ -144,7 +146,8 @@ def _check_feasible(plan: Plan) -> None:
         SizeCurve(c.item, c.settings, c.cost, tuple((1 - x / c.cost[-1]) ** 2 for x in c.cost))
         for c in merged_curves(plan, plan.curves)
     ]
-    allocate.method.allocate(stand_ins, plan.budget, allocate.options)
+    with calling(allocate.method, "allocate"):
+        allocate.method.allocate(stand_ins, plan.budget, allocate.options)
 
 
 def _scope(plan: Plan, cost: Callable[[list[Term]], int]) -> tuple[int, int]:
@@ -240,8 +243,6 @@ def _curve(
     before = lay_out_layer(plan, fixed, number, layer)
     banks = banks_now(plan, layer, names, before)
     settings, costs = plan.costs(number, banks)
-    if settings[-1] != DENSE:
-        raise ValueError(f"{step.stage}/{step.method.name}: sizes() must end with DENSE")
     if in_bytes:
         costs = _costs_in_bytes(plan, fixed, number, before, banks, settings, costs)
     first = too_small(plan, number, layer, names, settings[:-1], before)

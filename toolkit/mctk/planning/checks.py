@@ -9,6 +9,7 @@ import torch
 from ..checkpoint import experts_per_token
 from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import CheckpointError, UserError
+from ..models import stated_groups
 from .layout import DataDecide, apply_layout, banks_now, lay_out_layer
 
 if TYPE_CHECKING:
@@ -27,14 +28,43 @@ def check_layers(model: StreamedModel) -> None:
 
 
 def check_routing(model: StreamedModel, sites: list[dict[str, BankSite]]) -> None:
-    """A router cannot choose more experts than there are."""
+    """A router cannot choose more experts than there are, nor among groups that do not come out.
+
+    Raises:
+        CheckpointError: config.json says what its model cannot compute.
+    """
+    k = experts_per_token(model.config)
     for layer, banks in enumerate(sites):
-        experts = min((s.shape.members for s in banks.values() if s.part == "down"), default=None)
-        if experts is not None and experts_per_token(model.config) > experts:
-            raise CheckpointError(
-                f"{model.source.path / 'config.json'}: {experts_per_token(model.config)} experts "
-                f"per token, and layer {layer} has {experts}"
-            )
+        down = next((site for site in banks.values() if site.part == "down"), None)
+        if down is None:
+            continue
+        experts = down.shape.members
+        where = f"{model.source.path / 'config.json'}: "
+        if k > experts:
+            raise CheckpointError(f"{where}{k} experts per token, and layer {layer} has {experts}")
+        stated = stated_groups(model.layers[layer].get_submodule(down.module.rpartition(".")[0]))
+        wrong = None if stated is None else _wrong_groups(*stated, experts, k)
+        if wrong is not None:
+            raise CheckpointError(f"{where}the router of layer {layer} has {wrong}")
+
+
+def _wrong_groups(groups: int, chosen: int, experts: int, k: int) -> str | None:
+    """Why a router could not choose by groups (n_group, topk_group), in words; None if it can."""
+    if groups <= 1:
+        return None
+    if experts % groups:
+        return f"{experts} experts in {groups} groups (n_group), which does not come out even"
+    each = experts // groups
+    if each == 1:
+        return f"groups (n_group) of one expert each, and {experts} experts"
+    if not 0 < chosen <= groups:
+        return f"{groups} groups (n_group), of which a token cannot use {chosen} (topk_group)"
+    if chosen * each < k:
+        return (
+            f"groups of {each} experts, of which a token uses {chosen} (topk_group): too few for "
+            f"its {k} experts"
+        )
+    return None
 
 
 def check_options(plan: Plan) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint import ModelSizes, expert_macs, experts_per_token
+from ..files import room_for
 from ..statistics import Need, RoutedOutputs, size_of
 from ..terms import DENSE
-from .bounds import at_most, coarse_warning
+from .bounds import at_most, beside, coarse_warning, router_rows, uneven_warning
 from .budget import TOLERANCE
 from .counting import count_model
 from .layout import DataDecide, MetaTerms, lay_out_layer
 from .plan import Plan, Size
 from .quantised import byte_warnings, quantised_record
-from .removal import foreseen, output_kind
+from .removal import foreseen, output_kind, with_experts
 from .side import side_sizes
 from .texts import check_calibration, check_evaluation
-from .unread import beside, unread_record, unread_warnings
+from .unread import unread_record, unread_warnings
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -34,13 +35,16 @@ def describe(plan: Plan) -> dict[str, Any]:
     predicted = None if changed is None else plan.count(changed)
     bounded = at_most(changed) if changed is not None else []
     planned: dict[str, Any] | None = predicted.as_dict() if predicted else None
+    needed = resources(plan, predicted)
     coarse: list[str] = []
     if changed is not None and recipe.budget is not None:
         coarse = coarse_warning(plan, plan.in_scope(changed))
     bound = None
     if predicted is None and plan.allowed is not None and recipe.budget is not None:
-        most = plan.allowed + beside(plan, experts)
-        least = most - int(TOLERANCE * plan.scope)
+        left = {} if experts is None else dict.fromkeys(with_experts(plan), experts)
+        end = plan.allowed if plan.reachable is None else plan.reachable
+        least = end + beside(plan, left) - int(TOLERANCE * plan.scope)
+        most = end + beside(plan, left) + router_rows(plan, left)
         bound = {"unit": recipe.budget.unit, "most": most, "least": least}
     needs = [need for layer in plan.needs.values() for need in layer]
     current = any(need.current for need in needs)
@@ -50,6 +54,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "path": str(plan.source.path),
+            "name": recipe.model_name,
+            "commit": plan.source.commit,
             "type": model.config.model_type,
             "layers": len(model.layers),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -77,13 +83,15 @@ def describe(plan: Plan) -> dict[str, Any]:
         "weight_reads": 1 + sweeps + backward + again + plan.needs_curves + recipe.gate,
         "calibration": check_calibration(plan),
         "evaluation": check_evaluation(plan),
-        "resources": resources(plan, predicted),
+        "resources": needed,
         "warnings": [
             *plan.warnings,
             *coarse,
             *_grown(layers),
+            *uneven_warning(plan, layers),
             *unread_warnings(plan, experts),
             *byte_warnings(plan, predicted.bytes if predicted else None),
+            *_short_of_disk(plan, needed),
         ],
     }
 
@@ -276,6 +284,20 @@ def resources(plan: Plan, predicted: ModelSizes | None) -> dict[str, int]:
         "disk_statistics": kept,
         "disk_temporary": temporary,
     }
+
+
+def _short_of_disk(plan: Plan, needed: dict[str, int]) -> list[str]:
+    """Warns where what a run writes beside its output may not find room."""
+    place, free = room_for(plan.recipe.output)
+    need = needed["disk_output"] + needed["disk_temporary"]
+    if need <= free:
+        return []
+    from ..report.tables import size
+
+    return [
+        f"output and temporary files may take {size(need)}, and {place} has {size(free)} free: "
+        "choose an output on a larger disk"
+    ]
 
 
 def _prepared_bytes(plan: Plan) -> int:

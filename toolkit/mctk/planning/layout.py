@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..models import neighbours
+from ..registry import calling, place_of
 from ..runtime import is_expert_list
 from ..terms import Bank, Bias, ExpertSkip, Term
 
@@ -58,10 +59,11 @@ def apply_layout(
     """
     step = plan.recipe.steps[number]
     banks = banks_now(plan, layer, names, changed)
-    try:
-        found = step.method.layout(step_banks(plan, number, banks), size, step.options)
-    except UserError as error:
-        raise plan.recipe.error(("steps", number), str(error)) from error
+    with calling(step.method, "layout", place_of(banks)):
+        try:
+            found = step.method.layout(step_banks(plan, number, banks), size, step.options)
+        except UserError as error:
+            raise plan.recipe.error(("steps", number), str(error)) from error
     if found is None:
         raise DataDecide(number)
     _check_skips(plan, number, layer, found)

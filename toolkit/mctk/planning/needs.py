@@ -13,10 +13,12 @@ the run's own compressed layers pass on; sizes are decided before, by those of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ..errors import nearest
+from ..registry import calling
 from ..statistics import ExpertFrequency, LayerPassed, LayerSamples, Need, check_needs
 
 if TYPE_CHECKING:
@@ -85,7 +87,10 @@ def find_needs(plan: Plan) -> None:
         for layer, banks in plan.targets[number].items():
             sites = plan.sites[layer]
             for bank in banks:
-                for need in step.method.needs(sites[bank].shape, bank, step.options):
+                with calling(step.method, "needs", f"{bank} of layer {layer}"):
+                    asked_for = list(step.method.needs(sites[bank].shape, bank, step.options))
+                    _check_asked(asked_for, sites)
+                for need in asked_for:
                     prepared = number + 1 if need.transient else 0
                     if need.current or need.compressed:
                         prepared = _steps_before(plan, number, layer, bank, need)
@@ -111,6 +116,22 @@ def find_needs(plan: Plan) -> None:
             plan.recollected[layer] = again
     if plan.recipe.calibration is not None:
         _add_own(plan, plan.needs)
+
+
+def _check_asked(asked_for: list[Need], sites: Mapping[str, BankSite]) -> None:
+    """A method asks for needs, of banks that the layer has.
+
+    Raises:
+        TypeError: It asks for something else.
+        ValueError: The layer has no such bank.
+    """
+    for need in asked_for:
+        if not isinstance(need, Need):
+            raise TypeError(f"asks for {need!r}, which is no need of mctk.statistics")
+        bank = getattr(need, "bank", None)
+        if isinstance(bank, str) and bank not in sites:
+            near = nearest(bank, sites)
+            raise ValueError(f"asks for {need}, and the layer has no such bank{near}")
 
 
 def _original(plan: Plan, need: Need, asking: list[int]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,14 @@ from ..checkpoint import (
 )
 from ..checkpoint.weights import TORCH_DTYPES
 from ..errors import UserError
+from ..hub import HubError
 from ..models import BankSite, bank_sites
 from ..recipe import check_texts
+from ..registry import calling, place_of
 from ..statistics import Need
 from ..sweep import StreamedModel
 from ..terms import DENSE, Bank, SizeCurve, Term
+from .bounds import beside
 from .budget import merged_curves, set_budget
 from .checks import (
     check_fused,
@@ -49,7 +53,7 @@ from .layout import (
 from .needs import find_needs, find_targets
 from .removal import check_removal, experts_left, uniform
 from .stated import stated
-from .unread import beside, check_unread, unread_left_out
+from .unread import check_unread, unread_left_out
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -73,6 +77,7 @@ class Plan:
         curves: The size curves of all `auto` banks, without errors.
         budget: What the auto banks may cost in all, in the budget's unit; None without a budget.
         allowed: What the budget's scope may cost in all.
+        reachable: What it costs at the steps' largest sizes, if that is less than allowed.
         share: What an even split of it leaves the auto steps' banks of their parameters.
         scope: What it costs in the original, in bytes as they are stored.
         outside: What the result stores beside the scope and the unread tensors, in that unit.
@@ -99,6 +104,7 @@ class Plan:
     plain: ModelSizes
     unread: Unread
     outside: int = 0
+    reachable: int | None = None
     share: float | None = None
     prepared: int = 0
     prepared_terms: MetaTerms | None = None
@@ -169,8 +175,9 @@ class Plan:
             assert allocate is not None and self.budget is not None
             known = curves or self.curves
             merged = merged_curves(self, known)
-            picked = allocate.method.allocate(merged, self.budget, allocate.options)
-            chosen = {curve.item: curve.settings[picked[curve.item]] for curve in merged}
+            with calling(allocate.method, "allocate"):
+                picked = allocate.method.allocate(merged, self.budget, allocate.options)
+                chosen = {curve.item: curve.settings[picked[curve.item]] for curve in merged}
             chosen = self._everywhere(chosen)
         sizes = self.sizes(chosen)
         if all(size == DENSE for size in sizes.values()):
@@ -265,19 +272,19 @@ class Plan:
         """The unread tensors that a result does not get whose config.json says so many experts."""
         return unread_left_out(self, experts)
 
-    def attained(self, sizes: Mapping[str, int], experts: int | None = None) -> int:
+    def attained(self, sizes: Mapping[str, int], left: Mapping[int, int] | None = None) -> int:
         """What the budget's scope costs in a result, in the budget's unit.
 
         Args:
             sizes: The result's sizes by name, as `ModelSizes.as_dict` gives them.
-            experts: How many experts its config.json says, if fewer than the source's.
+            left: How many experts each layer keeps, of the layers that lose some.
         """
         assert self.recipe.budget is not None
-        return sizes[self.recipe.budget.unit] - beside(self, experts)
+        return sizes[self.recipe.budget.unit] - beside(self, left or {})
 
     def in_scope(self, changed: MetaTerms) -> int:
         """What the budget's scope costs in a result with these terms."""
-        return self.attained(self.count(changed).as_dict(), self.said(changed))
+        return self.attained(self.count(changed).as_dict(), experts_left(self, changed))
 
     def setting(self, number: int, layer: int, names: list[str]) -> int | None:
         """A step's setting on some banks, where the recipe states it.
@@ -297,10 +304,20 @@ class Plan:
     def costs(self, number: int, banks: Mapping[str, Bank]) -> tuple[list[int], list[int]]:
         """A step's settings, and their parameters, on banks as the steps before it leave them."""
         step = self.recipe.steps[number]
-        try:
-            return step.method.sizes(self.step_banks(number, banks), step.options)
-        except UserError as error:
-            raise self.recipe.error(("steps", number), str(error)) from error
+        given = self.step_banks(number, banks)
+        with calling(step.method, "sizes", place_of(given)):
+            try:
+                settings, costs = step.method.sizes(given, step.options)
+            except UserError as error:
+                raise self.recipe.error(("steps", number), str(error)) from error
+            if not settings or settings[-1] != DENSE or len(settings) != len(costs):
+                raise ValueError(
+                    f"settings {settings} with costs {costs}: there must be as many of both, and "
+                    "DENSE must be the last"
+                )
+            if any(low > high for low, high in pairwise(costs[:-1])):
+                raise ValueError(f"costs {costs} fall: settings must ascend")
+        return settings, costs
 
     def reads_size(self, number: int, layer: int, sizes: Size) -> bool:
         """Whether what a step makes of a layer depends on its size: data and size decide both.
@@ -350,10 +367,13 @@ def make_plan(
     Raises:
         UserError: Whatever is wrong with the model, the targets, the sizes or the budget.
     """
-    registry.register_kinds()
+    registry.register_kinds([step.method for step in recipe.steps])
     check_texts(recipe)
     if model is None:
-        source = open_source(recipe.model, recipe.revision, weights)
+        try:
+            source = open_source(recipe.model, recipe.revision, weights)
+        except HubError as error:
+            raise recipe.error(("model",), str(error).removeprefix("model: ")) from error
         model = StreamedModel(source, device, recipe.dtype, recipe.trust_remote_code)
     if "quantization_config" in model.source.config:
         raise UserError(f"{model.source.path}: is compressed already; compress the original")

@@ -88,12 +88,12 @@ def output_kind(plan: Plan, sizes: Size, changed: MetaTerms | None) -> str:
 
 def uniform(plan: Plan, left: Mapping[int, int]) -> int | None:
     """How many experts every layer keeps, if all lose some and keep equally many; else None."""
-    if not left or sorted(left) != _with_experts(plan) or len(set(left.values())) > 1:
+    if not left or sorted(left) != with_experts(plan) or len(set(left.values())) > 1:
         return None
     return next(iter(left.values()))
 
 
-def _with_experts(plan: Plan) -> list[int]:
+def with_experts(plan: Plan) -> list[int]:
     """The layers that have experts."""
     return [
         layer
@@ -114,7 +114,7 @@ def foreseen(plan: Plan, sizes: Size | None) -> int | None:
     decided = sizes is not None
     if sizes is None:
         sizes = plan.sizes() if plan.pending else plan.smallest()
-    layers = _with_experts(plan)
+    layers = with_experts(plan)
     counts: set[int] = set()
     for layer in layers:
         kept = _foreseen_in_layer(plan, sizes, layer)

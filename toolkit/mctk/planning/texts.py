@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from ..data import evaluation_windows
+from ..data import check_template, evaluation_windows
 from ..errors import UserError
 from ..evaluate.harness import check_tasks
 from ..evaluate.loading import load_tokenizer
@@ -34,12 +34,17 @@ def check_calibration(plan: Plan) -> dict[str, Any] | None:
         "propagate": plan.recipe.propagate,
     }
     sources = calibration.source if isinstance(calibration.source, list) else [calibration.source]
-    if any(source.dataset is not None for source in sources):
-        return {**known, "checked": False, "why": "named datasets are fetched by the run"}
+    remote = any(source.dataset is not None for source in sources)
+    chats = [source for source in sources if source.chat]
     try:
-        tokenizer = _tokenizer(plan)
+        tokenizer = _tokenizer(plan) if chats or not remote else None
     except _NoTokenizer as error:
         return {**known, "checked": False, "why": str(error)}
+    with placed(plan.recipe):
+        for source in chats:
+            check_template(tokenizer, source)
+    if remote:
+        return {**known, "checked": False, "why": "datasets are fetched by the run"}
     windows = draw_calibration(plan.recipe, tokenizer)
     return {**known, "checked": True, "digest": windows.digest}
 
@@ -60,7 +65,7 @@ def check_evaluation(plan: Plan) -> dict[str, Any] | None:
 
 
 def count_windows(plan: Plan) -> dict[str, int | None]:
-    """The windows of each evaluation text; None of a named dataset, which the run fetches.
+    """The windows of each evaluation text; None of a dataset, which the run fetches.
 
     Without a tokenizer in the model's directory nothing can be counted.
 
@@ -70,8 +75,11 @@ def count_windows(plan: Plan) -> dict[str, int | None]:
     texts = plan.recipe.evaluate.perplexity if plan.recipe.evaluate is not None else []
     windows: dict[str, int | None] = {text.name: None for text in texts}
     local = [text for text in texts if text.dataset is None]
+    chats = [text for text in texts if text.chat]
     with contextlib.suppress(_NoTokenizer), placed(plan.recipe):
-        tokenizer = _tokenizer(plan) if local else None
+        tokenizer = _tokenizer(plan) if local or chats else None
+        for text in chats:
+            check_template(tokenizer, text)
         for text in local:
             found = evaluation_windows(tokenizer, text, text.length, text.windows)
             windows[text.name] = found.ids.shape[0]

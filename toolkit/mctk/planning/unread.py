@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import crowded, predictor_keys, size_of_tensors
-from ..checkpoint.source import FLOATING
 from .removal import foreseen
 
 if TYPE_CHECKING:
@@ -53,16 +52,6 @@ def check_unread(plan: Plan, sizes: Size | None) -> None:
     """
     if plan.recipe.unread == "keep" and plan.unread.routed:
         plan.left_out(foreseen(plan, sizes))
-
-
-def beside(plan: Plan, experts: int | None) -> int:
-    """What a result stores beside the budget's scope, in the budget's unit."""
-    assert plan.recipe.budget is not None
-    gone = set(plan.left_out(experts))
-    infos = [plan.source.tensors[name] for name in plan.unread.names if name not in gone]
-    if plan.recipe.budget.unit == "bytes":
-        return plan.outside + sum(info.nbytes for info in infos)
-    return plan.outside + sum(info.numel for info in infos if info.dtype in FLOATING)
 
 
 def unread_record(plan: Plan, experts: int | None) -> dict[str, Any] | None:

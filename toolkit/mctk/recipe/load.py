@@ -10,11 +10,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from mctk.contract import implements
 from mctk.errors import UserError, nearest
 from mctk.hookspecs import STAGES, Method
+from mctk.hub import HubError, looks_local, near_directory, split_revision
 from mctk.recipe.schema import Recipe, Step
 from mctk.recipe.source import KeyPath, RecipeSource
-from mctk.registry import Registry, implements, load_plugins
+from mctk.registry import Registry, load_plugins
 
 DEFAULT_ALLOCATE = "uniform"
 _STEP_STAGES = tuple(stage for stage in STAGES if stage != "allocate")
@@ -287,14 +289,24 @@ def _check_allocate(recipe: Recipe) -> None:
 
 
 def _resolve_model(recipe: Recipe, root: Path | None) -> Recipe:
-    """Finds a model directory beside the recipe or from here; anything else is a hub name."""
+    """Finds a model directory beside the recipe or from here; anything else is a hub name.
+
+    A name may end with `@revision`; a directory that is called so goes first.
+    """
     written = Path(recipe.model).expanduser()
     for base in ([root] if root else []) + [Path()]:
         if (base / written).is_dir():
             if recipe.revision is not None:
                 raise recipe.error(("revision",), "has no effect on a model directory")
             return recipe.model_copy(update={"model": str(base / written)})
-    looks_local = recipe.model.startswith((".", "/", "~")) or recipe.model.count("/") > 1
-    if looks_local:
-        raise recipe.error(("model",), f"there is no directory {recipe.model}")
-    return recipe
+    if looks_local(recipe.model):
+        raise recipe.error(
+            ("model",), f"there is no directory {recipe.model}{near_directory(recipe.model)}"
+        )
+    try:
+        name, revision = split_revision(recipe.model)
+    except HubError as error:
+        raise recipe.error(("model",), str(error)) from error
+    if revision is not None and recipe.revision is not None:
+        raise recipe.error(("revision",), f"has no effect: model names {revision!r} already")
+    return recipe.on_hub(name, revision or recipe.revision)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +26,10 @@ from pydantic import (
     model_validator,
 )
 
-from mctk.data import MixedSource, Source
+from mctk.data import MixedSource, Source, shares
 from mctk.errors import RecipeError
 from mctk.hookspecs import Method, MethodOptions
+from mctk.recipe.layers import Layers
 from mctk.recipe.published import shortened
 from mctk.recipe.source import KeyPath, RecipeSource
 
@@ -42,51 +42,6 @@ class _Model(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
     )
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Which layers a step works on: ranges with both ends, or None for all."""
-
-    ranges: tuple[tuple[int, int], ...] | None = None
-
-    @classmethod
-    def parse(cls, value: Any) -> Layers:
-        """Reads "all", "0-3,5", 3 or [0, 1, "4-6"].
-
-        Raises:
-            ValueError: If it is none of these.
-        """
-        if isinstance(value, Layers):
-            return value
-        if value == "all":
-            return cls()
-        if isinstance(value, str):
-            parts: list[Any] = [part.strip() for part in value.split(",")]
-        else:
-            parts = value if isinstance(value, list) else [value]
-        ranges = []
-        for part in parts:
-            ends = re.fullmatch(r"([0-9]+)(?:\s*-\s*([0-9]+))?", str(part))
-            if isinstance(part, bool) or ends is None:
-                raise ValueError(
-                    f"{part!r} is no layer range; write all, 3, [0, 1] or 0-3,5 (counted from 0)"
-                )
-            first, last = int(ends[1]), int(ends[2] or ends[1])
-            if last < first:
-                raise ValueError(f"range {part} runs backwards; write {last}-{first}")
-            ranges.append((first, last))
-        if not ranges:
-            raise ValueError("names no layer; write all, or leave the step out")
-        return cls(tuple(ranges))
-
-    def __contains__(self, layer: int) -> bool:
-        return self.ranges is None or any(first <= layer <= last for first, last in self.ranges)
-
-    def __str__(self) -> str:
-        if self.ranges is None:
-            return "all"
-        return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges)
 
 
 class Size(_Model):
@@ -117,6 +72,13 @@ class Budget(_Model):
     keep: float | None = Field(None, gt=0, lt=1, description="share to keep")
     of: Literal["model", "experts", "targets"] = Field("model", description="what the share is of")
     unit: Literal["parameters", "bytes"] = Field("parameters", description="what is counted")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError(f"write {{remove: {value}}} or {{keep: {value}}}")
+        return value
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
@@ -151,6 +113,17 @@ class Calibration(Source):
         "by default what the steps' methods declare",
     )
 
+    @model_validator(mode="after")
+    def _no_part_in_vain(self) -> Calibration:
+        parts = self.mix or []
+        for number, count in enumerate(shares([part.weight for part in parts], self.sequences)):
+            if count == 0:
+                raise ValueError(
+                    f"mix.{number} ({parts[number].label}) gets none of the {self.sequences} "
+                    "sequences by its weight: ask for more, raise its weight, or leave it out"
+                )
+        return self
+
     @property
     def source(self) -> Source | list[MixedSource]:
         """What `mctk.data.calibration_windows` draws from."""
@@ -172,11 +145,13 @@ class Step(_Model):
     """A method at work on some banks; in a recipe its first key is `<stage>: <method>`."""
 
     method: Method
-    targets: Annotated[list[str], BeforeValidator(_targets)] = Field(
-        default=["experts.*"], min_length=1, description="globs over bank names"
-    )
+    targets: Annotated[
+        list[str], BeforeValidator(_targets, json_schema_input_type=str | list[str])
+    ] = Field(default=["experts.*"], min_length=1, description="globs over bank names")
     layers: Annotated[
-        Layers, BeforeValidator(Layers.parse), PlainSerializer(lambda layers: str(layers))
+        Layers,
+        BeforeValidator(Layers.parse, json_schema_input_type=int | str | list[int | str]),
+        PlainSerializer(lambda layers: str(layers)),
     ] = Field(default=Layers(), description="all, 3, [0, 1] or 0-3,5")
     size: Size | None = Field(
         None, description="auto (where a method takes a size), {keep: ...}, {rank: ...}"
@@ -247,13 +222,15 @@ class Evaluate(_Model):
     """What is measured on the written checkpoint, and on the original."""
 
     perplexity: list[PerplexityText] = Field(default=[], description="texts")
-    divergence: Annotated[Divergence | None, BeforeValidator(_switch)] = Field(
+    divergence: Annotated[
+        Divergence | None, BeforeValidator(_switch, json_schema_input_type=Divergence | bool | None)
+    ] = Field(
         default=None,
         description="KL divergence from the original and agreement with it; true is enough",
     )
-    speed: Annotated[Speed | None, BeforeValidator(_switch)] = Field(
-        default=None, description="tokens per second; true is enough"
-    )
+    speed: Annotated[
+        Speed | None, BeforeValidator(_switch, json_schema_input_type=Speed | bool | None)
+    ] = Field(default=None, description="tokens per second; true is enough")
     tasks: list[str] = Field(default=[], description="lm-eval tasks")
     limit: int | None = Field(None, ge=1, description="documents of each task; all by default")
 
@@ -279,10 +256,14 @@ def _device(value: str) -> str:
 class Recipe(_Model):
     """A checked recipe; make one with `mctk.recipe.load_recipe`."""
 
-    model: str = Field(min_length=1, description="a model directory, or a name on the hub")
+    model: str = Field(
+        min_length=1, description="a model directory, or a name on the hub: owner/name[@revision]"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    output: Annotated[Path, BeforeValidator(lambda value: _path(value))] = Field(
+    output: Annotated[
+        Path, BeforeValidator(lambda value: _path(value), json_schema_input_type=str)
+    ] = Field(
         description="directory to write, from the working directory; runs/<recipe> by default"
     )
     seed: int = Field(0, ge=0, description="salts everything drawn")
@@ -304,6 +285,7 @@ class Recipe(_Model):
     gate: bool = Field(True, description="check the written files against what was computed")
 
     _source: RecipeSource = PrivateAttr()
+    _hub: bool = PrivateAttr(False)
 
     @property
     def file(self) -> Path | None:
@@ -333,21 +315,36 @@ class Recipe(_Model):
     @property
     def model_name(self) -> str:
         """What to call the model in reports: its name on the hub, or of a directory its own."""
+        if self._hub:
+            return self.model
         return shortened(self._source.data["model"], self._source.root)
+
+    def on_hub(self, name: str, revision: str | None) -> Recipe:
+        """Returns the recipe with its model on the hub, at a branch, tag or commit."""
+        found = self.model_copy(update={"model": name, "revision": revision})
+        found._hub = True
+        return found
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the model comes from the hub, and not from a directory."""
+        return self._hub
 
     def canonical(self) -> dict[str, Any]:
         """Returns what decides the checkpoint's content, as JSON data, for hashing.
 
         Left out: output, device, gate, evaluate, the calibration's batch and keep_every (where and
         how a run computes, not what), unread at its default, and the text of files (its digest
-        belongs to the token windows). Paths are as written, so that a project may be moved.
+        belongs to the token windows), a hub model's revision (the contents of its files count, and
+        stand beside this). Paths are as written, so that a project may be moved.
         Methods appear with their versions.
         """
         data = self.model_dump(
             mode="json",
             exclude={"output", "device", "gate", "evaluate", "allocate", "steps"},
         )
-        data["model"] = self._source.data["model"]
+        data["model"] = self.model if self._hub else self._source.data["model"]
+        data["revision"] = None
         if self.unread == "auto":
             data.pop("unread")  # so that runs from before there was the key go on
         if self.calibration is not None:

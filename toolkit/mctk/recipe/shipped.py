@@ -1,6 +1,7 @@
 """Recipes that come with mctk, by name: `mctk run d2moe_mixtral` works outside a clone.
 
-An installed package carries them as data; in a clone they are its directory `recipes/`.
+An installed package carries them as data; in a clone they are its directory `recipes/`, those of
+the demo among them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def recipe_path(given: str | Path) -> Path:
     `shipped_names` to suggest another.
     """
     path = Path(given)
-    if path.exists() or path.suffix or path.name != str(given):
+    if path.is_file() or path.suffix or path.name != str(given):
         return path
     found = shipped_recipes().get(path.name)
     return path if found is None else found.path

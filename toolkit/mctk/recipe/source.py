@@ -93,9 +93,7 @@ class RecipeSource:
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
             flag = f"--set {assignment}"
-            path: KeyPath = tuple(
-                int(part) if part.isdigit() else part for part in name.strip().split(".")
-            )
+            path = key_path(name.strip())
             if not equals or "" in path:
                 raise UserError(f"{flag}: write it as KEY=VALUE, e.g. --set budget.remove=0.3")
             try:
@@ -116,7 +114,7 @@ class RecipeSource:
             here = ".".join(map(str, path[:depth])) or "the recipe"
             if isinstance(at, list):
                 if not isinstance(key, int) or key >= len(at):
-                    raise UserError(f"{flag}: {here} has {len(at)} entries, 0 to {len(at) - 1}")
+                    raise UserError(f"{flag}: {here} has entries 0 to {len(at) - 1} only")
             else:
                 key = str(key)  # an all-digit segment under a mapping is a key like any other
                 for group in EXCLUSIVE:
@@ -235,6 +233,11 @@ class AssembledSource(RecipeSource):
             return part.source.error((*part.path, *path[1:]), message)
         source, place = self._home
         return source.error((*place, *path), message)
+
+
+def key_path(text: str) -> KeyPath:
+    """The keys and indices of a path such as "steps.0.options.storage"."""
+    return tuple(int(part) if part.isdigit() else part for part in text.split("."))
 
 
 def _written(data: Any) -> str:

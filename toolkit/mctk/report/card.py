@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ from .parts import Metrics, methods_of, perplexity_table, sizes_table, tasks_tab
 from .report import recipe_and_command
 from .tables import document, get, section
 
+TAG = "mctk"  # by which the hub finds results, and we ours
 LOADING = """\
 ```bash
 pip install mctk
@@ -68,17 +68,9 @@ def render_card(metrics: Metrics) -> str:
 
 
 def hub_id(metrics: Metrics) -> str | None:
-    """The base model's name on the Hub, or None where it came from a local directory.
-
-    The Hub's cache calls a directory models--owner--name, so a path that ends with the model's own
-    name is what the user gave.
-    """
-    name, path = get(metrics, "model", "name"), get(metrics, "model", "path")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        return None
-    if path is not None and str(path).rstrip("/").endswith(name):
-        return None
-    return name
+    """The base model's name on the Hub, or None where it came from a local directory."""
+    name = get(metrics, "model", "hub")
+    return name if isinstance(name, str) else None
 
 
 def _front_matter(metrics: Metrics) -> str:
@@ -89,7 +81,7 @@ def _front_matter(metrics: Metrics) -> str:
         # made smaller without training under the last.
         entries |= {"base_model": base, "base_model_relation": "quantized"}
     entries |= {"library_name": "transformers", "pipeline_tag": TASKS[_auto_class(metrics)]}
-    entries["tags"] = ["mctk", "moe", "compressed"]
+    entries["tags"] = [TAG, "moe", "compressed"]
     if get(metrics, "model", "license"):
         entries["license"] = get(metrics, "model", "license")
     return "---\n" + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True) + "---\n\n"

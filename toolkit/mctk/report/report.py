@@ -132,7 +132,9 @@ def _budget(metrics: Metrics) -> str:
     if budget.get("shortfall_fraction") is not None:
         shortfall = 100 * budget["shortfall_fraction"]
         parts.append(f"unused {shortfall:.2f} % of the original")
-    return f"Budget: {', '.join(parts)}." if parts else ""
+    known = budget.get("unit") and budget.get("of")
+    whose = f" ({budget['unit']} of the {budget['of']})" if known else ""
+    return f"Budget{whose}: {', '.join(parts)}." if parts else ""
 
 
 def _trace(metrics: Metrics) -> list[str]:
@@ -300,6 +302,7 @@ def _provenance(metrics: Metrics) -> list[str]:
             rows.append({"what": what, "value": text(value)})
 
     add("model", get(metrics, "model", "name"))
+    add("commit of the model", get(metrics, "model", "commit"))
     add("architecture", get(metrics, "model", "model_type"))
     add("output", metrics.get("output_kind"))
     calibration = metrics.get("calibration") or {}
@@ -320,13 +323,31 @@ def _provenance(metrics: Metrics) -> list[str]:
     for phase, value in seconds.items():
         if phase != "total":
             add(f"time: {phase}", duration(value))
+    if "total" in seconds and len(seconds) > 1:
+        rest = 2 * seconds["total"] - sum(seconds.values())
+        add("time: evaluation of the result, and the rest", duration(rest) if rest > 0 else None)
     add("peak memory", size(metrics.get("peak_memory_bytes")))
     add("peak memory of the device", size(metrics.get("peak_device_memory_bytes")))
+    add("computed", _computed(metrics))
     add("mctk", metrics.get("mctk_version"))
     for name, version in (metrics.get("versions") or {}).items():
         add(name, version)
     columns = [Column("what", "", left=True), Column("value", "", left=True)]
     return [Table(columns, rows).markdown() if rows else "", *recipe_and_command(metrics)]
+
+
+def _computed(metrics: Metrics) -> str:
+    """Device, dtype, threads, system and source in one line; "" of runs that recorded none."""
+    found = get(metrics, "environment") or {}
+    number = found.get("threads")
+    threads = f"{number} thread{'s' * (number > 1)}" if number else None
+    cuda = f"CUDA {found['cuda']}" if found.get("cuda") else None
+    commit = f"mctk at commit {found['mctk_commit']}" if found.get("mctk_commit") else None
+    device = f"on {found['device']}" if found.get("device") else None
+    if device and found.get("device_name"):
+        device += f" ({found['device_name']})"
+    parts = [found.get("dtype"), device, cuda, threads, found.get("platform"), commit]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def recipe_and_command(metrics: Metrics) -> list[str]:
