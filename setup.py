@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: the wheel carries `recipes/` as data of the package.
 
-Recipes of the demo stay out: their model and text are the clone's.
+Recipes that name a model or text of the clone stay out: outside of it they would not run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class BuildWithRecipes(build_py):
 
     @staticmethod
     def _recipes() -> list[Path]:
-        beside = re.compile(r"^model: (demo|\.)", flags=re.MULTILINE)
+        of_the_clone = re.compile(r"^model: \.|\bdemo/", flags=re.MULTILINE)
         return [
             path
             for path in sorted(RECIPES.glob("*.yaml"))
-            if not beside.search(path.read_text(encoding="utf-8"))
+            if not of_the_clone.search(path.read_text(encoding="utf-8"))
         ]
 
 

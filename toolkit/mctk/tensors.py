@@ -5,18 +5,18 @@
     bank = mctk.apply("svd_llm", weight, size=64, inputs=x)       # weight [out, in], x [T, in]
     approximation, _ = bank.materialise(0)
 
-The same hooks are called, on the same banks, as in a run; what a run measures on a model is here
-summed over the inputs that are given.
+The same hooks are called, on the same banks in float32, as in a run; what a run measures on a model
+is here summed over the inputs that are given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from .errors import UserError
-from .hookspecs import STAGES, Method
-from .registry import Registry, load_plugins
+from .errors import UserError, nearest
+from .hookspecs import Method
+from .registry import Registry, calling, load_plugins, place_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from .recipe import Step
     from .statistics import LayerStatistics, Need
+    from .statistics.sums import Sum
     from .terms import Bank
 
+    Weights: TypeAlias = torch.Tensor | Bank
     Rows: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 
 LONE = "linear"  # the name of a bank that is given as a bare tensor
@@ -47,76 +49,128 @@ def method(name: str, registry: Registry | None = None) -> Method:
     if slash:
         return registry.method(stage, own)
     found = [known for known in registry.methods() if known.name == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(f"{known.stage}/{known.name}" for known in found)
-        raise UserError(f"several methods are called '{name}'; write one of {names}")
-    from .errors import nearest
+    for info in registry.plugins() if not found else ():
+        if info.name == name and info.methods:
+            raise UserError(f"'{name}' is a plugin; its methods are {', '.join(info.methods)}")
+    if not found:
+        known = {method.name for method in registry.methods()}
+        broken = [f"plugin '{info.name}' is broken" for info in registry.plugins() if info.broken]
+        raise UserError("; ".join([f"no method '{name}'{nearest(name, known)}", *broken]))
+    if len(found) > 1:
+        places = " or ".join(f"{method.stage}/{method.name}" for method in found)
+        raise UserError(f"'{name}' is in several stages; write {places}")
+    return found[0]
 
-    raise UserError(f"no method '{name}'{nearest(name, [m.name for m in registry.methods()])}")
+
+@overload
+def apply(
+    name: str | Method,
+    weights: Weights,
+    *,
+    size: int | float | None = None,
+    inputs: Rows | None = None,
+    original: Weights | None = None,
+    statistics: Mapping[Need, Any] | None = None,
+    layer: int = 0,
+    **options: Any,
+) -> Bank: ...
+
+
+@overload
+def apply(
+    name: str | Method,
+    weights: Mapping[str, Weights],
+    *,
+    size: int | float | None = None,
+    inputs: Mapping[str, Rows] | None = None,
+    original: Mapping[str, Weights] | None = None,
+    statistics: Mapping[Need, Any] | None = None,
+    layer: int = 0,
+    **options: Any,
+) -> dict[str, Bank]: ...
 
 
 def apply(
     name: str | Method,
-    weights: torch.Tensor | Mapping[str, torch.Tensor],
+    weights: Weights | Mapping[str, Weights],
     *,
     size: int | float | None = None,
     inputs: Rows | Mapping[str, Rows] | None = None,
+    original: Weights | Mapping[str, Weights] | None = None,
     statistics: Mapping[Need, Any] | None = None,
     layer: int = 0,
     **options: Any,
-) -> Any:
+) -> Bank | dict[str, Bank]:
     """Applies one method to one bank, or to the banks of one layer.
 
     Args:
         name: The method's name, "stage/name", or the method itself.
-        weights: A matrix [out, in], a bank of E members [E, out, in], or banks by name, such as
-            {"experts.gate": ..., "experts.up": ..., "experts.down": ...}.
-        size: The method's own setting (a rank, a number of experts), or a share of the parameters
-            to keep, a float up to 1, of which the largest setting within it is taken.
+        weights: A matrix [out, in], a bank of E members [E, out, in], or what an earlier call
+            returned. Where a method works on a layer: such by bank name, {"experts.gate": ...,
+            "experts.up": ..., "experts.down": ...}.
+        size: The method's own setting (a rank, a number of experts), an int; or a float up to 1,
+            the share to keep, of which the largest setting within it is taken.
         inputs: What enters, [T, in]: the same for all members, or one tensor [T_e, in] for each;
-            by bank name where several banks are given. Second moments and channel sums are made of
-            it.
-        statistics: Values of needs that inputs do not give (Fisher, routing ...), by need.
-        layer: The layer's number, for methods that ask.
+            by bank name where weights are. Second moments, energies and magnitudes of channels are
+            summed over it.
+        original: What `weights` were before earlier calls, for methods that make up for what was
+            lost (stages compensate and distill); by default `weights`.
+        statistics: What inputs do not give (Fisher information, routing ...), by need: values as
+            `mctk.statistics` describes them.
+        layer: The layer's number, for methods that depend on it.
         **options: The method's options.
 
     Returns:
-        The bank of new terms if one tensor was given, else banks by name.
+        The bank as the sum of its new terms, or banks by name where weights were given so.
+        `bank.materialise(e)` is member e as (weight [out, in], bias [out] or None),
+        `bank.apply(x, e)` its output, `bank.parameters()` what is stored.
 
     Raises:
-        UserError: An option, a size or a statistic is missing or wrong.
+        UserError: An option, a size or a statistic is missing or wrong, or the method failed.
     """
-    import torch
-
     from .engine.passes import apply_step
-    from .terms import Bank, BankShape, Dense
+    from .terms import Bank
 
     chosen = method(name) if isinstance(name, str) else name
+    if chosen.stage == "allocate":
+        raise UserError(f"{chosen.stage}/{chosen.name} works on size curves, not on tensors")
     step = _step(chosen, options)
-    if chosen.stage not in STAGES[1:]:
-        raise UserError(f"{chosen.stage}/{chosen.name} works on budgets, not on tensors")
-    alone = isinstance(weights, torch.Tensor)
-    named = {LONE: weights} if isinstance(weights, torch.Tensor) else dict(weights)
-    banks: dict[str, Bank] = {}
-    for bank, weight in named.items():
-        if weight.dim() not in (2, 3):
-            raise UserError(f"{bank}: weights have shape [out, in] or [E, out, in]")
-        stacked = weight if weight.dim() == 3 else weight[None]
-        shape = BankShape(*stacked.shape)
-        dense = Dense(shape, range(shape.members), stacked)
-        banks[bank] = Bank(bank, layer, shape, [dense])
+    alone = not isinstance(weights, Mapping)
+    banks = _banks(weights, layer)
+    before = banks if original is None else _banks(original, layer)
+    if {key: bank.shape for key, bank in before.items()} != {k: b.shape for k, b in banks.items()}:
+        raise UserError("original: has other banks or shapes than weights")
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(banks, inputs)
     found = _statistics(step, banks, given, statistics or {}, layer)
     calls = [[bank] for bank in banks] if chosen.scope == "bank" else [list(banks)]
     result = dict(banks)
     for names in calls:
         setting = _setting(step, {bank: banks[bank] for bank in names}, size)
-        made = apply_step(step, names, banks, banks, found, setting)
-        for bank, terms in made.items():
+        for bank, terms in apply_step(step, names, banks, before, found, setting).items():
             result[bank] = Bank(bank, layer, banks[bank].shape, list(terms))
-    return result[LONE] if alone else result
+    return result[next(iter(result))] if alone else result
+
+
+def _banks(weights: Weights | Mapping[str, Weights], layer: int) -> dict[str, Bank]:
+    """Tensors as banks of one dense term in float32; banks as they are."""
+    from .terms import Bank, BankShape, Dense
+
+    if isinstance(weights, Bank):
+        return {weights.name: weights}
+    named = weights if isinstance(weights, Mapping) else {LONE: weights}
+    if not named:
+        raise UserError("weights: give at least one bank")
+    banks: dict[str, Bank] = {}
+    for name, weight in named.items():
+        if isinstance(weight, Bank):
+            banks[name] = weight
+            continue
+        if weight.dim() not in (2, 3):
+            raise UserError(f"{name}: weights have shape [out, in] or [E, out, in]")
+        stacked = (weight if weight.dim() == 3 else weight[None]).detach().float()
+        shape = BankShape(*stacked.shape)
+        banks[name] = Bank(name, layer, shape, [Dense(shape, range(shape.members), stacked)])
+    return banks
 
 
 def _step(chosen: Method, options: dict[str, Any]) -> Step:
@@ -143,15 +197,22 @@ def _setting(step: Step, banks: dict[str, Bank], size: int | float | None) -> in
     if not chosen.takes_size:
         raise UserError(f"size: {where} takes none")
     if isinstance(size, int):
+        if size < 1:
+            raise UserError(f"size: {size} is no setting; write 1 or more, or a share such as 0.5")
         return size
     if not 0 < size <= 1:
-        raise UserError(f"size: {size} is neither a setting nor a share between 0 and 1")
-    settings, costs = chosen.sizes(banks, step.options)
-    allowed = size * sum(bank.shape.parameters for bank in banks.values())
-    fitting = [i for i, cost in enumerate(costs) if cost <= allowed]
+        raise UserError(
+            f"size: {size} is no share between 0 and 1; a setting, as a rank, is an int"
+        )
+    if chosen.stage == "decompose":
+        banks = {bank: value.without_biases() for bank, value in banks.items()}
+    with calling(chosen, "sizes", place_of(banks)):
+        settings, costs = chosen.sizes(banks, step.options)
+    fitting = [i for i, cost in enumerate(costs) if cost <= size * costs[-1]]
     if not fitting:
-        raise UserError(f"size: {where} cannot keep as little as {size:g}; {min(costs)} is least")
-    return settings[max(fitting, key=lambda i: costs[i])]
+        least = costs[0] / costs[-1]
+        raise UserError(f"size: {where} keeps no less than {least:.3f} of {', '.join(banks)}")
+    return settings[fitting[-1]]
 
 
 def _statistics(
@@ -166,7 +227,9 @@ def _statistics(
 
     values: dict[Need, Any] = {need.canonical(banks): value for need, value in given.items()}
     for name, bank in banks.items():
-        for need in step.method.needs(bank.shape, name, step.options):
+        with calling(step.method, "needs", f"{name} of layer {layer}"):
+            needs = step.method.needs(bank.shape, name, step.options)
+        for need in needs:
             key = need.canonical(banks)
             if key not in values:
                 values[key] = _summed(key, banks, inputs, f"{step.stage}/{step.method.name}")
@@ -180,13 +243,13 @@ def _summed(
     import torch
 
     from .statistics import ChannelEnergy, ChannelMagnitude, SecondMoment
-    from .statistics.sums import EnergySum, MagnitudeSum, MomentSum, Sum
+    from .statistics.sums import EnergySum, MagnitudeSum, MomentSum
 
     name: str = getattr(need, "bank", "")
-    rows = inputs.get(name) if name in banks else None
     weighted = isinstance(need, ChannelEnergy) and need.weighted
     if not isinstance(need, SecondMoment | ChannelEnergy | ChannelMagnitude) or weighted:
         raise UserError(f"statistics: {where} needs {need}; give it as statistics={{need: value}}")
+    rows = inputs.get(name)
     if rows is None:
         raise UserError(f"inputs: {where} needs {need}: give what enters {name}, [T, in]")
     bank = banks[name]
@@ -194,16 +257,16 @@ def _summed(
     total: Sum
     if isinstance(need, SecondMoment):
         total = MomentSum(need, bank, device)
+    elif isinstance(need, ChannelMagnitude):
+        total = MagnitudeSum(bank, device)
     else:
-        total = (MagnitudeSum if isinstance(need, ChannelMagnitude) else EnergySum)(bank, device)
-    members = range(bank.shape.members)
-    listed = [rows] * len(members) if isinstance(rows, torch.Tensor) else list(rows)
-    if len(listed) != len(members) or any(x.shape[-1] != bank.shape.in_features for x in listed):
-        raise UserError(
-            f"inputs: {name} takes [T, {bank.shape.in_features}], or {len(members)} of them"
-        )
-    for member, x in zip(members, listed, strict=True):
-        flat = x.reshape(-1, x.shape[-1]).to(device)
+        total = EnergySum(bank, device)
+    members = bank.shape.members
+    listed = [rows] * members if isinstance(rows, torch.Tensor) else list(rows)
+    if len(listed) != members or any(x.shape[-1] != bank.shape.in_features for x in listed):
+        raise UserError(f"inputs: {name} takes [T, {bank.shape.in_features}], or {members} of them")
+    for member, x in enumerate(listed):
+        flat = x.detach().reshape(-1, x.shape[-1]).to(device)
         token = torch.arange(flat.shape[0], device=device)
         total.add(member, flat, token, flat.new_ones(flat.shape[0]))
     return total.value()

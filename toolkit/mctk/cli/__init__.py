@@ -6,12 +6,17 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from mctk.errors import UserError, nearest
+from mctk.errors import MethodError, UserError, nearest
 
-# A command and its line in `mctk --help`; module mctk.cli.<name> holds it as `command`.
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+# A command and its line in `mctk --help`; module mctk.cli.<name> holds it as `command`,
+# with _ for -.
 COMMANDS = {
     "run": "Compress a model as a recipe says; goes on where it was stopped.",
     "compare": "Run many methods at many budgets on one calibration; one table.",
@@ -19,8 +24,12 @@ COMMANDS = {
     "eval": "Measure a checkpoint: perplexity and lm-eval tasks.",
     "report": "Print finished runs side by side.",
     "export": "Write a compressed checkpoint in a form that loads without mctk.",
+    "push": "Upload a finished result to the Hugging Face hub, with its model card.",
     "inspect": "Show what a checkpoint holds: layers, terms and sizes.",
     "plugins": "List the methods that recipes can name, and their options.",
+    "recipes": "List the recipes that come with mctk; print one to start from.",
+    "schema": "Print the JSON schema of recipes, for editors.",
+    "new-plugin": "Write an installable package with one method, to start from.",
 }
 
 
@@ -32,9 +41,22 @@ class _LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
+            if ctx.resilient_parsing:  # the shell asks what could follow
+                return None
             ctx.fail(f"No such command '{cmd_name}'{nearest(cmd_name, COMMANDS)}.")
-        command: click.Command = importlib.import_module(f"mctk.cli.{cmd_name}").command
+        module = importlib.import_module(f"mctk.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=line)
+            for name, line in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -66,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         click.echo(f"Error: {error}", err=True)
+        if isinstance(error, MethodError) and not debug:
+            click.echo("--debug shows where in the plugin.", err=True)
         code = 2
     except OSError as error:  # a full disk, a path that cannot be: the machine's, not a bug
         if debug:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mctk.cli import completion
+
 if TYPE_CHECKING:
     from mctk.comparison.file import LoadedComparison
     from mctk.registry import Registry
@@ -55,7 +57,14 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 
 
 @click.command(epilog=EPILOG)
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILE...",
+    type=click.Path(),
+    shell_complete=completion.recipes,
+)
 @click.option(
     "--remove", callback=_shares, metavar="A,B", help="Shares to remove, in the budgets' place."
 )

@@ -28,14 +28,16 @@ Examples:
     "texts",
     multiple=True,
     metavar="[NAME=]GLOB",
-    help="Local .txt or .jsonl files whose perplexity is measured; quote a glob. May be repeated.",
+    help="Local .txt, .jsonl or .parquet files whose perplexity is measured; quote a glob. May be "
+    "repeated.",
 )
 @click.option(
     "--dataset",
     "datasets",
     multiple=True,
-    type=click.Choice(["wikitext2", "ptb", "c4"]),
-    help="A named text, its test split as papers use it. May be repeated.",
+    metavar="NAME",
+    help="wikitext2, ptb or c4 as papers use them, or owner/name[@revision] on the hub: the test "
+    "split. May be repeated.",
 )
 @click.option(
     "--length", default=2048, show_default=True, type=click.IntRange(2), help="Tokens of a window."
@@ -103,7 +105,9 @@ def command(
     output: Path | None,
     quiet: bool,
 ) -> None:
-    """Measure MODEL, a directory or a name on the Hub: perplexity on texts, accuracy on tasks.
+    """Measure MODEL: perplexity on texts, accuracy on tasks.
+
+    MODEL is a directory, or a name on the hub: owner/name, owner/name@revision.
 
     Original and compressed checkpoints are treated alike. Perplexity is token-level over windows
     of --length tokens that do not overlap, the protocol of the compression papers: a figure is
@@ -121,37 +125,30 @@ def command(
 
     from transformers.utils import logging
 
-    from mctk.checkpoint import open_source
-    from mctk.evaluate import compare, evaluate_model
-    from mctk.recipe import Evaluate, PerplexityText
+    from mctk.api import measure
 
     logging.set_verbosity_error()
-    sets: list[PerplexityText] = []
-    for name, source in _sources(texts, datasets):
-        sets.append(PerplexityText(name=name, length=length, windows=windows, **source))
-    section = Evaluate(perplexity=sets, tasks=names, limit=limit)
-    found: dict[str, Any] = {}
+    sets = [
+        {"name": name, "length": length, "windows": windows, **source}
+        for name, source in _sources(texts, datasets)
+    ]
     with progress(quiet) as tell:
-        for side, path in (("model", model), ("baseline", baseline)):
-            if path is None:
-                continue
-            prefix = f"{side}: " if baseline else ""
-            found[side] = evaluate_model(
-                open_source(path).path,
-                section,
-                device=device,
-                dtype=dtype,
-                streamed="auto" if streamed is None else streamed,
-                batch_size=batch_size,
-                trust_remote_code=trust_remote_code,
-                num_fewshot=num_fewshot,
-                task_path=task_paths,
-                seed=seed,
-                report=lambda what, *amount, prefix=prefix: tell(prefix + what, *amount),
-            )
-            found[side]["model"] = path
-    if baseline:
-        found["paired"] = compare(found["baseline"], found["model"], seed=seed or 0)
+        found = measure(
+            model,
+            perplexity=sets,
+            tasks=names,
+            limit=limit,
+            baseline=baseline,
+            device=device,
+            dtype=dtype,
+            streamed="auto" if streamed is None else streamed,
+            batch_size=batch_size,
+            num_fewshot=num_fewshot,
+            task_path=task_paths,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            report=tell,
+        )
     if output is not None:
         from mctk.files import write_json
 

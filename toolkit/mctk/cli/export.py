@@ -25,7 +25,7 @@ the logits differ by more than rounding, nothing is kept."""
 
 
 @click.command(epilog=EPILOG)
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("model", metavar="DIRECTORY")
 @click.option(
     "--dense",
     is_flag=True,
@@ -58,7 +58,7 @@ the logits differ by more than rounding, nothing is kept."""
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
-    directory: Path,
+    model: str,
     dense: bool,
     expert_substitution: bool,
     output: Path,
@@ -68,7 +68,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write DIRECTORY, a checkpoint in mctk's format, in a form that loads without mctk."""
+    """Write DIRECTORY, a checkpoint in mctk's format, in a form that loads without mctk.
+
+    It may also be a name on the hub: owner/name, owner/name@revision.
+    """
     if dense == expert_substitution:
         raise click.UsageError("say in which form: one of --dense and --expert-substitution")
     if output.exists():
@@ -77,6 +80,7 @@ def command(
     import torch
     from transformers.utils import logging
 
+    from mctk.checkpoint import open_source
     from mctk.evaluate.loading import resolve_device
     from mctk.export import export
     from mctk.registry import load_plugins
@@ -85,7 +89,7 @@ def command(
     load_plugins().register_kinds()
     with progress(quiet) as tell:
         found = export(
-            directory,
+            open_source(model).path,
             output,
             constants=expert_substitution,
             dtype=None if dtype == "auto" else getattr(torch, dtype),

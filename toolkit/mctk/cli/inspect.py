@@ -17,6 +17,7 @@ checkpoints. The bank names it prints are what a recipe's `targets` select.
 \b
 Examples:
   mctk inspect mistralai/Mixtral-8x7B-v0.1
+  mctk inspect owner/name@branch
   mctk inspect runs/svdllm_demo --layers"""
 
 
@@ -92,6 +93,8 @@ def inspect_model(model: StreamedModel) -> dict[str, Any]:
     quantization = model.source.config.get("quantization_config") or {}
     return {
         "path": str(model.source.path),
+        "hub": model.source.origin and model.source.origin.name,
+        "commit": model.source.commit,
         "model_type": model.config.model_type,
         "architectures": model.source.config.get("architectures"),
         "compressed": bool(quantization),
@@ -140,8 +143,9 @@ def _show(found: dict[str, Any], every_layer: bool) -> None:
         method = found["method"]
         made = ", ".join(method) if isinstance(method, list) else method
         kind = f"compressed, format {found['format_version']}" + (f", by {made}" if made else "")
+    where = f"{found['hub']} at commit {found['commit']}" if found["hub"] else found["path"]
     click.echo(
-        f"{found['path']}: {found['model_type']}, {kind}\n"
+        f"{where}: {found['model_type']}, {kind}\n"
         f"{found['layers']} layers, hidden {found['hidden_size']}, vocabulary "
         f"{found['vocab_size']}, {found['experts_per_token']} experts per token; "
         f"{count(sizes['parameters'])} parameters ({count(sizes['active_parameters'])} active), "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import keyword
 import re
 from importlib import resources
 from pathlib import Path
@@ -9,13 +12,24 @@ from pathlib import Path
 import click
 
 from mctk.errors import UserError
-from mctk.hookspecs import STAGES
+from mctk.hookspecs import SPEC, STAGES
+from mctk.registry import load_plugins
 
 EPILOG = """\b
+Stages, and the method that each one starts with:
+  allocate    shares a budget out: one step more for every bank in turn
+  merge       experts share a base: their mean by use, and what is left of each
+  decompose   low rank: an SVD weighted by the inputs' energy
+  prune       fewer experts: those with the least output go
+  compensate  adds terms: low rank for what the steps before lost
+  quantize    fewer bits: rounding to nearest in groups
+  distill     better values: each matrix scaled to be nearest to the original
+
+\b
 Examples:
   mctk new-plugin my_svd --stage decompose
-  cd mctk-my-svd && pip install -e . && pytest
-  mctk run ../my_recipe.yaml          # steps: [{decompose: my_svd, size: auto}]
+  cd mctk-my-svd && pip install -e '.[test]' && pytest
+  mctk run recipe.yaml --model MODEL  # with steps: [{decompose: my_svd, size: auto}]
 
 What it writes is small and complete: pyproject.toml with the entry point, one module with one
 method, a test that tries the method on tiny models through whole runs, and a README. Change the
@@ -35,6 +49,11 @@ _RECIPES = {
 }
 
 
+# What the method's own test hands the kit beside its name: a stage that mends wants a loss first.
+_LOSS = '[{"decompose": "svd", "size": {"keep": 0.6}}]'
+_SETTINGS = {"compensate": f", before={_LOSS}", "distill": f", before={_LOSS}"}
+
+
 @click.command(epilog=EPILOG)
 @click.argument("name")
 @click.option(
@@ -43,18 +62,19 @@ _RECIPES = {
 @click.option("-o", "--output", metavar="DIR", help="Directory to make (default: mctk-NAME, here).")
 def command(name: str, stage: str, output: str | None) -> None:
     """Write an installable package with one method, called NAME in recipes."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"NAME: '{name}' should be of small letters, digits and _, such as my_svd")
-    directory = Path(output or f"mctk-{name.replace('_', '-')}").expanduser()
+    files = plugin_files(name, stage)
+    _check_free(name, stage)
+    directory = Path(output or _distribution(name)).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: is there already; name another with --output")
-    for file, text in plugin_files(name, stage).items():
+    for file, text in files.items():
         path = directory / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     click.echo(
         f"{directory}: a plugin with the method {stage}/{name}\n\n"
-        f"  cd {directory}\n  pip install -e .\n  pytest\n  mctk plugins show {stage}/{name}"
+        f"  cd {directory}\n  pip install -e '.[test]'\n  pytest\n"
+        f"  mctk plugins show {stage}/{name}"
     )
 
 
@@ -64,27 +84,75 @@ def plugin_files(name: str, stage: str) -> dict[str, str]:
     Args:
         name: The method's name.
         stage: Its stage.
+
+    Raises:
+        UserError: The name is none for a method, or for its class.
     """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        meant = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        hint = meant if re.fullmatch(r"[a-z]\w*", meant) else "my_svd"
+        raise UserError(f"NAME: '{name}' should be of a-z, 0-9 and _, such as {hint}")
+    kind = "".join(word.capitalize() for word in name.split("_"))
+    module = _template(f"{stage}.py")
+    if keyword.iskeyword(name) or keyword.iskeyword(kind):
+        raise UserError(f"NAME: '{name}' is a word of Python; choose another")
+    taken = _names_in(module) & {kind, f"{kind}Options"}
+    if taken:
+        raise UserError(f"NAME: '{name}' makes a class {taken.pop()}, which the module imports")
     words = {
         "METHOD": name,
         "STAGE": stage,
         "PLUGIN": name,
         "MODULE": f"mctk_{name}",
-        "DISTRIBUTION": f"mctk-{name.replace('_', '-')}",
-        "CLASS": "".join(word.capitalize() for word in name.split("_")),
+        "DISTRIBUTION": _distribution(name),
+        "CLASS": kind,
         "RECIPE": _RECIPES[stage].replace("@METHOD@", name),
+        "SPEC": str(SPEC),
+        "SETTINGS": _SETTINGS.get(stage, ""),
     }
     files = {
-        "pyproject.toml": "pyproject.toml",
-        "README.md": "README.md",
-        f"mctk_{name}.py": f"{stage}.py",
-        f"tests/test_{name}.py": "test.py",
+        "pyproject.toml": _template("pyproject.toml"),
+        "README.md": _template("README.md"),
+        f"mctk_{name}.py": module,
+        f"tests/test_{name}.py": _template("test.py"),
     }
-    return {file: _filled(template, words) for file, template in files.items()}
+    return {
+        path: re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], text)
+        for path, text in files.items()
+    }
 
 
-def _filled(template: str, words: dict[str, str]) -> str:
-    """A template with its words put in."""
+def _names_in(template: str) -> set[str]:
+    """What a module imports or reads under its name."""
+    tree = ast.parse(re.sub(r"@[A-Z]+@", "_", template))
+    nodes = list(ast.walk(tree))
+    imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return imported | {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+def _check_free(name: str, stage: str) -> None:
+    """Names that are installed already would clash.
+
+    Raises:
+        UserError: The stage has such a method, or there is such a plugin or module.
+    """
+    registry = load_plugins()
+    for method in registry.methods(stage):
+        if method.name == name:
+            owner = registry.plugin_of(method)
+            raise UserError(
+                f"NAME: {stage}/{name} is a method of plugin '{owner.name}'; choose another"
+            )
+    if name in [plugin.name for plugin in registry.plugins()]:
+        raise UserError(f"NAME: there is a plugin '{name}' already; choose another")
+    if importlib.util.find_spec(f"mctk_{name}") is not None:
+        raise UserError(f"NAME: there is a module mctk_{name} already; choose another")
+
+
+def _distribution(name: str) -> str:
+    return f"mctk-{name.replace('_', '-')}"
+
+
+def _template(file: str) -> str:
     folder = resources.files("mctk") / "templates" / "plugin"
-    text = (folder / f"{template}.template").read_text(encoding="utf-8")
-    return re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], text)
+    return (folder / f"{file}.template").read_text(encoding="utf-8")

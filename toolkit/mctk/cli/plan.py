@@ -10,10 +10,10 @@ import click
 from .run import recipe_options
 
 EPILOG = """\b
-Reads config.json and the headers of the weight files, never the weights, and finds every mistake
-that can be found there: keys, methods, targets, sizes, budget, damaged or missing files, too little
-calibration text. Sizes are exact unless an allocator decides by measured errors; then they are a
-bound, and the plan says so.
+Reads config.json and the headers of the weight files, never the weights, and finds the mistakes
+that can be found there, the first at a time: keys, methods, targets, sizes, budget, damaged or
+missing files, too little calibration text. Sizes are exact unless an allocator decides by
+measured errors; then they are a bound, and the plan says so.
 
 \b
 Example:
@@ -51,8 +51,9 @@ def _show(plan: dict[str, Any]) -> None:
     from mctk.report.tables import count, ranges, size
 
     model, sizes = plan["model"], plan["sizes"]
+    where = f"{model['name']} at commit {model['commit']}" if model["commit"] else model["path"]
     click.echo(
-        f"{model['path']}: {model['type']}, {model['layers']} layers, computed in "
+        f"{where}: {model['type']}, {model['layers']} layers, computed in "
         f"{model['dtype']} on {model['device']}\n{_side(model['side'])}"
         f"writes {plan['output']['path']} ({FORMATS[plan['output']['kind']]})\n"
     )
@@ -87,7 +88,12 @@ def _show(plan: dict[str, Any]) -> None:
                 "(a bound: the allocator decides by measured errors)"
             )
     speed = plan["speed"]
-    if speed and (speed["bound"] or sizes["at_most"]):
+    if speed and speed["bound"] == 1:
+        click.echo(
+            f"\nspeed: a token's experts multiply as often as in the original, "
+            f"{count(speed['expert_macs'])} times: less memory, and no faster"
+        )
+    elif speed and (speed["bound"] or sizes["at_most"]):
         faster = (
             f": at most {speed['bound']:.2f} times as fast as the original experts"
             if speed["bound"]

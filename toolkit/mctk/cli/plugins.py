@@ -7,10 +7,11 @@ from typing import Any, get_args, get_origin
 
 import click
 
+from mctk.cli import completion
 from mctk.cli.tables import print_table
-from mctk.errors import UserError, nearest
-from mctk.hookspecs import Method
-from mctk.registry import Registry, load_plugins
+from mctk.hookspecs import OLDEST, SPEC, Method
+from mctk.registry import OWN, PluginInfo, Registry, calling, load_plugins
+from mctk.tensors import method as find_method
 
 _BOUNDS = {
     "minimum": "at least",
@@ -26,7 +27,8 @@ _BOUNDS = {
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the methods that recipes can name, by stage, and plugins that are broken.
 
-    MCTK_PLUGINS="a,b" loads only these. With --debug, a broken plugin's traceback is shown.
+    MCTK_PLUGINS="a,b" loads only these. A broken plugin is shown with the reason and breaks nothing
+    else; with --debug its traceback is shown.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -37,13 +39,15 @@ def command(ctx: click.Context, as_json: bool) -> None:
                 "name": info.name,
                 "version": info.version,
                 "distribution": info.distribution,
+                "spec": info.spec,
                 "methods": info.methods,
                 "broken": info.broken,
             }
             for info in registry.plugins()
         ]
         methods = [_brief(registry, method) for method in registry.methods()]
-        click.echo(json.dumps({"methods": methods, "plugins": plugins}, indent=2))
+        spec = {"version": SPEC, "oldest": OLDEST}
+        click.echo(json.dumps({"methods": methods, "plugins": plugins, "spec": spec}, indent=2))
         return
     columns = ("stage", "method", "version", "plugin", "summary", "reference")
     rows = [[_brief(registry, method)[key] for key in columns] for method in registry.methods()]
@@ -53,21 +57,20 @@ def command(ctx: click.Context, as_json: bool) -> None:
         click.echo("No methods are installed.")
     broken = [info for info in registry.plugins() if info.broken]
     for info in broken:
-        name = f"{info.name} ({info.distribution} {info.version})" if info.version else info.name
-        click.echo(f"broken: {name}: {info.error}")
+        click.echo(f"broken: {_plugin(info)}: {info.error}")
         if (ctx.obj or {}).get("debug"):
             click.echo(info.traceback)
     if broken and not (ctx.obj or {}).get("debug"):
-        click.echo("--debug shows tracebacks.")
+        click.echo("What is broken is left out, all else works. --debug shows tracebacks.")
 
 
 @command.command()
-@click.argument("method")
+@click.argument("method", shell_complete=completion.methods)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(method: str, as_json: bool) -> None:
     """Show METHOD ("svd" or "decompose/svd"): its options, what it needs, its reference."""
     registry = load_plugins()
-    found = _find(registry, method)
+    found = find_method(method, registry)
     about = _brief(registry, found) | {
         "scope": None if found.stage == "allocate" else found.scope,
         "takes_size": found.takes_size,
@@ -91,30 +94,21 @@ def show(method: str, as_json: bool) -> None:
         click.echo("It has no options.")
 
 
-def _find(registry: Registry, wanted: str) -> Method:
-    stage, slash, name = wanted.rpartition("/")
-    if slash:
-        return registry.method(stage, name)
-    matches = [method for method in registry.methods() if method.name == wanted]
-    if not matches:
-        names = {method.name for method in registry.methods()}
-        broken = [f"plugin '{info.name}' is broken" for info in registry.plugins() if info.broken]
-        raise UserError("; ".join([f"no method '{wanted}'{nearest(wanted, names)}", *broken]))
-    if len(matches) > 1:
-        places = " or ".join(f"{method.stage}/{method.name}" for method in matches)
-        raise UserError(f"'{wanted}' is in several stages; write {places}")
-    return matches[0]
-
-
 def _brief(registry: Registry, method: Method) -> dict[str, Any]:
     return {
         "stage": method.stage,
         "method": method.name,
         "version": method.version,
-        "plugin": registry.plugin_of(method).name,
+        "plugin": _plugin(registry.plugin_of(method)),
         "summary": method.summary,
         "reference": method.reference,
     }
+
+
+def _plugin(info: PluginInfo) -> str:
+    """Its name, and the release that it comes from if that is not mctk's."""
+    foreign = info.distribution not in ("", OWN)
+    return f"{info.name} ({info.distribution} {info.version})" if foreign else info.name
 
 
 def _options(method: Method) -> list[dict[str, Any]]:
@@ -145,10 +139,11 @@ def _needs(method: Method) -> dict[str, list[str]]:
     if required:
         return {bank: ["depends on the options"] for bank in shapes}
     options = method.Options()
-    return {
-        bank: [repr(need) for need in method.needs(shape, bank, options)]
-        for bank, shape in shapes.items()
-    }
+    with calling(method, "needs"):
+        return {
+            bank: [repr(need) for need in method.needs(shape, bank, options)]
+            for bank, shape in shapes.items()
+        }
 
 
 def _type(annotation: Any) -> str:

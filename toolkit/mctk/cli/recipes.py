@@ -6,6 +6,8 @@ import json
 
 import click
 
+from mctk.cli import completion
+
 EPILOG = """\b
 Examples:
   mctk recipes
@@ -17,7 +19,22 @@ Examples:
 first."""
 
 
-@click.group(epilog=EPILOG, invoke_without_command=True)
+class _Recipes(click.Group):
+    """Says of a recipe's name in the place of a subcommand's what to write."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            from mctk.errors import UserError
+            from mctk.recipe.shipped import shipped_names
+
+            if args[0] in shipped_names():
+                raise UserError(f"to print a recipe: mctk recipes show {args[0]}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Recipes, epilog=EPILOG, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
@@ -40,7 +57,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.recipe_names)
 def show(name: str) -> None:
     """Print the recipe NAME, to start one's own from."""
     from mctk.errors import UserError, nearest

@@ -10,6 +10,8 @@ import click
 
 from mctk.errors import UserError
 
+METRICS = "metrics.json"
+
 
 @click.command(epilog="Example:\n\n  mctk report runs/* --format csv")
 @click.argument("directories", nargs=-1, required=True, metavar="DIR...")
@@ -25,10 +27,22 @@ def command(directories: tuple[str, ...], form: str) -> None:
     """Print finished runs, DIR..., in one table below the model that they started from.
 
     Columns: parameters stored and active, bytes, perplexity of each text, accuracy of each task.
-    Each run's own report.md says more.
+    Each run's own report.md says more. Of several directories those without a finished run are
+    named and passed over.
     """
     from mctk.report import label_of, side_by_side
 
+    if len(directories) > 1:
+        finished = tuple(
+            d for d in directories if Path(d).is_file() or (Path(d) / METRICS).is_file()
+        )
+        for directory in sorted({*directories} - {*finished}):
+            click.echo(
+                f"{directory}: passed over: no finished run ({METRICS} is missing)", err=True
+            )
+        if not finished:
+            raise UserError("none of these directories holds a finished run")
+        directories = finished
     runs = [_metrics(Path(directory)) for directory in directories]
     labels = [label_of(metrics) for metrics in runs]
     # Runs that differ in an option only would look alike: then each bears its directory's name.
@@ -41,11 +55,11 @@ def command(directories: tuple[str, ...], form: str) -> None:
 
 
 def _metrics(directory: Path) -> dict[str, Any]:
-    file = directory / "metrics.json" if directory.is_dir() else directory
+    file = directory / METRICS if directory.is_dir() else directory
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{directory}: no metrics.json; is it a finished run?") from error
+        raise UserError(f"{directory}: no {METRICS}; is it a finished run?") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
     if not isinstance(metrics, dict):

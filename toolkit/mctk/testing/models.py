@@ -7,14 +7,17 @@ biases.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
 
 VOCABULARY = 96
+TEXT = "text.jsonl"  # beside the model, the last thing that is written
 _WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -98,17 +101,26 @@ def save_tiny(family: str, directory: Path, seed: int = 0) -> Path:
             noise = torch.randn(tensor.shape, generator=generator)
             scale = name.endswith("norm.weight")
             tensor.copy_(0.2 * noise if tensor.ndim > 1 else 0.1 * noise + float(scale))
+    with no_progress_bar():
+        model.save_pretrained(directory, max_shard_size="200kB")
+        _tokenizer().save_pretrained(directory)
+    rows = (json.dumps({"text": _text(600, seed)}) for seed in range(3))
+    (directory / TEXT).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return directory
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Tiny models are written and read in no time: transformers need not show it."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    model.save_pretrained(directory, max_shard_size="200kB")
-    _tokenizer().save_pretrained(directory)
-    if shown:
-        logging.enable_progress_bar()
-    rows = (json.dumps({"text": _text(600, seed)}) for seed in range(3))
-    (directory / "text.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return directory
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer() -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from ..errors import UserError, brief, nearest
 from ..hookspecs import MethodOptions
 
 
@@ -25,22 +27,39 @@ def variants(
 
     Returns:
         By option, checked options; an empty list where no other value could be made up.
+
+    Raises:
+        UserError: A given value is not valid, or there is no such option.
     """
+    for name in given or {}:
+        if name not in kind.model_fields:
+            raise UserError(f"no option '{name}'{nearest(name, kind.model_fields)}")
+    start = _made(kind, base)
     found: dict[str, list[MethodOptions]] = {}
-    start = kind(**base)
     for name, field in kind.model_fields.items():
         value = getattr(start, name)
-        tried = (given or {}).get(name)
-        candidates = list(tried) if tried is not None else [*_others(field.annotation, value)]
-        found[name] = []
-        for candidate in candidates:
-            try:
-                made = kind(**{**base, name: candidate})
-            except ValidationError:  # outside of its bounds, or not together with the others
-                continue
-            if getattr(made, name) != value:
-                found[name].append(made)
+        if given and name in given:
+            made = [_made(kind, {**base, name: other}) for other in given[name]]
+        else:
+            made = [*_valid(kind, base, name, _others(field.annotation, value))]
+        found[name] = [options for options in made if getattr(options, name) != value]
     return found
+
+
+def _made(kind: type[MethodOptions], values: Mapping[str, Any]) -> MethodOptions:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError(f"{kind.__name__}: {brief(error)}") from error
+
+
+def _valid(
+    kind: type[MethodOptions], base: Mapping[str, Any], name: str, others: Iterator[Any]
+) -> Iterator[MethodOptions]:
+    """Options with other values of one, without those out of bounds or not to be had together."""
+    for other in others:
+        with contextlib.suppress(ValidationError):
+            yield kind(**{**base, name: other})
 
 
 def _others(annotation: Any, value: Any) -> Iterator[Any]:
