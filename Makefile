@@ -2,6 +2,7 @@
 # make test   lint and the test suite, as CI runs them;  make test-slow adds the slow tests
 # make families   every Mixture-of-Experts family of transformers through the toolkit (within the
 #                 hour on two cores), and docs/families.md, which says what works
+# make docs   the documentation as a site, in build/site;  make docs-serve shows it while it is edited
 # make lint, make format, make hooks, make clean
 #
 # The first target that needs one makes a virtual environment in $(VENV) with the versions of
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 # libraries start in a second where they would take seven in an environment that keeps no bytecode.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --compile -q
 
-.PHONY: demo test test-slow families lint format hooks clean
+.PHONY: demo test test-slow families docs docs-serve lint format hooks clean
 .DELETE_ON_ERROR:
 
 # One stamp per set of extras. It is written last, so a set-up that was interrupted is taken up
@@ -44,7 +45,8 @@ comma := ,
 demo: export OMP_NUM_THREADS = 1
 demo: export HF_HUB_OFFLINE = 1
 demo: $(VENV)/.demo
-	@set -e; for method in d2moe svdllm svd; do for remove in 0.2 0.4 0.6; do \
+	@set -e; run=0; for method in d2moe svdllm svd; do for remove in 0.2 0.4 0.6; do \
+		run=$$((run + 1)); echo "Run $$run of 9: $$method, $$remove of the experts removed"; \
 		$(BIN)/mctk run recipes/$${method}_demo.yaml --set budget.remove=$$remove \
 			--output runs/demo/$$method-$$remove >/dev/null; \
 	done; done
@@ -65,6 +67,14 @@ test-slow: lint
 
 families: $(VENV)/.test
 	$(BIN)/python -m tests.families
+
+# What mkdocs prints of its successor is no matter of the pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.test
+	$(BIN)/python -m mkdocs build
+
+docs-serve: $(VENV)/.test
+	$(BIN)/python -m mkdocs serve
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix
