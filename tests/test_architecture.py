@@ -13,14 +13,14 @@ PLUGINS = ROOT / "plugins"
 LINES = [
     {"__main__"},
     {"cli"},
-    {"api", "tensors", "testing"},
-    {"comparison", "export"},
+    {"api", "lm_eval", "tensors", "testing"},
+    {"comparison", "export", "publish"},
     {"engine"},
     {"planning", "report", "evaluate", "decompose"},
-    {"recipe", "hookspecs", "registry", "sweep", "checkpoint", "data"},
+    {"recipe", "contract", "hookspecs", "registry", "sweep", "checkpoint", "data"},
     {"models", "statistics", "runtime"},
     {"linalg", "terms"},
-    {"dtypes", "errors", "files", "hook", "notes"},
+    {"dtypes", "errors", "files", "hook", "hub", "notes"},
 ]
 # What a plugin may build on.
 PUBLIC = {"decompose", "errors", "hookspecs", "linalg", "notes", "statistics", "terms"}

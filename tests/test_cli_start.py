@@ -103,3 +103,43 @@ def test_it_also_starts_as_a_module():
         [sys.executable, "-m", "mctk", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["mctk", "pl"], ["plain,plan", "plain,plugins"]),
+        (["mctk", "--de"], ["plain,--debug"]),
+        (["mctk", "run", "--dev"], ["plain,--device"]),
+        (["mctk", "run", "d2moe_mix"], ["file,d2moe_mix", "plain,d2moe_mixtral"]),
+        (["mctk", "compare", "compare_mix"], ["file,compare_mix", "plain,compare_mixtral"]),
+        (["mctk", "run", "my/recipe"], ["file,my/recipe"]),
+        (["mctk", "recipes", "show", "naee"], ["plain,naee_mixtral"]),
+        (["mctk", "plugins", "show", "svd_"], ["plain,svd_llm"]),
+        (["mctk", "plugins", "show", "decompose/asv"], ["plain,decompose/asvd"]),
+        (["mctk", "no-such-command", "x"], []),
+    ],
+    ids=lambda value: " ".join(value[1:]) if value and value[0] == "mctk" else "",
+)
+def test_the_shell_completes(monkeypatch, capsys, words, offered):
+    monkeypatch.setenv("_MCTK_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    with pytest.raises(SystemExit) as done:
+        cli.main([])
+    assert done.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == offered and not shown.err
+
+
+def test_completing_commands_imports_none_of_them():
+    code = (
+        "import os, sys\n"
+        "os.environ |= {'COMP_WORDS': 'mctk ', 'COMP_CWORD': '1'}\n"
+        "os.environ['_MCTK_COMPLETE'] = 'bash_complete'\n"
+        "from mctk.cli import COMMANDS, main\n"
+        "try: main([])\nexcept SystemExit: pass\n"
+        "print(*[m for m in sys.modules if m.startswith('mctk.cli.')])\nprint(len(COMMANDS))"
+    )
+    *commands, imported, count = python(code).splitlines()
+    assert imported == "" and len(commands) == int(count)

@@ -161,8 +161,8 @@ def test_a_mix_draws_by_weight_and_mixes_the_order(tmp_path):
         row for row, name in zip(drawn.ids.tolist(), drawn.sources, strict=True) if name == "one"
     ]
     assert rows == alone.ids.tolist()
-    one = calibration_windows(Tokenizer(), parts, 1, 32, 0)  # fewer sequences than sources
-    assert one.sources == ["two"]
+    with pytest.raises(UserError, match="'one' gets none of the 1 sequences by its weight"):
+        calibration_windows(Tokenizer(), parts, 1, 32, 0)
 
 
 def test_evaluation_windows_are_the_joined_text_in_order(tmp_path):
@@ -200,7 +200,7 @@ def test_documents_of_text_files(tmp_path):
         ("bad.jsonl", b'{"content": "a"}\n', r'bad\.jsonl:1: not an object with a string "text"'),
         ("bad.jsonl", b'["a"]\n', r"bad\.jsonl:1: not an object"),
         ("bad.txt", b"\xff\xfe", r"bad\.txt is not UTF-8"),
-        ("bad.csv", b"a", r"bad\.csv is neither \.txt nor \.jsonl"),
+        ("bad.csv", b"a", r"bad\.csv is neither \.txt nor \.jsonl nor \.parquet"),
         ("other", b"", r"no file matches '.*bad\.\*' in"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_mapping_is_a_recipe_as_well():
         (
             "dataset: wikitext2",
             "dataset: wikitext",
-            "21: key evaluate.perplexity.1.dataset: should",
+            "21: key evaluate.perplexity.1.dataset: no dataset is called 'wikitext' (did",
         ),
         ("name: held out", "name: wikitext2", "17: key evaluate: two perplexity texts are named"),
         ("  tasks: [arc_easy]\n", "", "17: key evaluate: limit has no effect without tasks"),
@@ -300,8 +300,8 @@ def test_overrides(load):
             "--set budget.kep=0.7: key budget.kep: unknown key (did you mean 'keep'?)",
         ),
         ("bugdet.keep=0.7", "key bugdet: unknown key (did you mean 'budget'?)"),
-        ("steps.2.size=auto", "--set steps.2.size=auto: steps has 2 entries, 0 to 1"),
-        ("steps.first.size=auto", "steps has 2 entries, 0 to 1"),
+        ("steps.2.size=auto", "--set steps.2.size=auto: steps has entries 0 to 1 only"),
+        ("steps.first.size=auto", "steps has entries 0 to 1 only"),
         (
             "steps.0.options.balnce=true",
             "key steps.0.options.balnce: unknown option of decompose/tr",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mctk.checkpoint import Source
-from mctk.checkpoint.quantised import from_blocks, from_mxfp4
+from mctk.checkpoint.dequantise import from_blocks, from_mxfp4
 from mctk.errors import CheckpointError
 from mctk.evaluate.loading import load_model
 from mctk.sweep import StreamedModel, stream_logits
@@ -312,9 +312,54 @@ def test_other_formats(deepseek, tmp_path, method, inside):
     refused(path, "config.json", "quantization_config", f"'{method}'", "bfloat16", "'fp8'")
 
 
+SCALES = f"{EXPERT}_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("nan"), "some are not finite"),
+        (-0.01, r"some are negative \(the least is -0\.01\)"),
+        (0.0, "some are 0, and their numbers are not"),
+        (1e30, r"the largest, 1e\+30, makes weights of up to 4\.48e\+32"),
+    ],
+)
+def test_scales_that_cannot_be_true(fp8, value, words):
+    """Headers cannot tell; the first reading does, by tensor and file."""
+    tensors = load_file(fp8 / FILE)
+    tensors[SCALES][2, 3] = value
+    save_file(tensors, fp8 / FILE)
+    model = StreamedModel(Source(fp8))
+    what = rf"{FILE}: tensor {SCALES}, the scales of {EXPERT}: {words}"
+    with pytest.raises(CheckpointError, match=what), model.layer(1):
+        pass
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
+def test_scales_of_blocks_of_zeros_may_be_anything(fp8, value):
+    """What writers put there differs, and what it stands for does not."""
+    tensors = load_file(fp8 / FILE)
+    tensors[EXPERT].view(torch.uint8)[8:12, 12:16] = 0
+    tensors[SCALES][2, 3] = value
+    save_file(tensors, fp8 / FILE)
+    assert not read(fp8)[EXPERT][8:12, 12:16].any()
+
+
+@pytest.mark.parametrize(
+    ("exponent", "words"), [(255, "some are not finite"), (200, r"9\.44e\+21, makes weights of up")]
+)
+def test_exponents_that_cannot_be_true(gpt_oss, exponent, words):
+    path, _ = gpt_oss
+    tensors = load_file(path / FILE)
+    tensors[f"{FUSED}_scales"][1, 2, 0] = exponent
+    save_file(tensors, path / FILE)
+    with pytest.raises(CheckpointError, match=f"{FILE}: tensor {FUSED}_scales, .*{words}"):
+        read(path)
+
+
 def test_numbers_that_are_none(fp8):
     tensors = load_file(fp8 / FILE)
-    tensors[f"{EXPERT}_scale_inv"][2, 3] = float("nan")
+    tensors[EXPERT].view(torch.uint8)[2, 3] = 0x7F  # NaN in E4M3
     save_file(tensors, fp8 / FILE)
     model = StreamedModel(Source(fp8))
     with pytest.raises(CheckpointError, match=r"up_proj\.weight holds NaN"), model.layer(1):

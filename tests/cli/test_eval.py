@@ -76,7 +76,7 @@ def test_tasks_of_ones_own(capsys, models, monkeypatch, tmp_path):
         (("--text", "x.txt", "--limit", "3"), "--limit has no effect without --tasks"),
         (("--text", "x.txt", "--num-fewshot", "3"), "--num-fewshot has no effect"),
         (("--text", "x.txt", "--task-path", "."), "--task-path has no effect"),
-        (("--dataset", "wiki"), "'wiki' is not one of"),
+        (("--dataset", "wiki"), "no dataset is called 'wiki' (did you mean 'wikitext2'?)"),
         (("--text", "nothing/*.txt"), "no file matches"),
     ],
 )

@@ -45,6 +45,23 @@ def test_a_plan_as_json(mctk, write_recipe):
     assert speed["bound"] == speed["expert_macs"] / speed["planned_expert_macs"]
 
 
+def test_removed_experts_make_a_token_no_faster(mctk, write_recipe):
+    """No "at most 1.00 times as fast", which says nothing."""
+    budget = {"remove": 0.25, "of": "experts"}
+    code, out, _ = mctk("plan", write_recipe(steps=[{"prune": "reap"}], budget=budget))
+    assert code == 0 and "times as fast" not in out
+    assert "a token's experts multiply as often as in the original" in out
+
+
+@pytest.mark.parametrize(("multiple", "told"), [(1, False), (12, True)])
+def test_shares_that_steps_make_uneven_are_told(mctk, write_recipe, multiple, told):
+    """Ranks of 12 for matrices of 32 × 24: banks of equal shares are far apart."""
+    step = {"decompose": "svd", "options": {"rank_multiple": multiple}}
+    code, out, _ = mctk("plan", write_recipe(steps=[step], budget={"remove": 0.3, "of": "experts"}))
+    assert code == 0
+    assert ("warning: shares are uneven: experts." in out) is told
+
+
 def test_a_bound_says_that_it_is_one(mctk, write_recipe):
     recipe = write_recipe(allocate={"method": "by_loss"})
     code, out, _ = mctk("plan", recipe)
@@ -102,3 +119,17 @@ def test_damaged_models_are_found_by_the_plan(refused, write_recipe, mixtral, tm
 def test_a_missing_recipe(refused, tmp_path):
     path = tmp_path / "none.yaml"
     assert refused("plan", path) == f"Error: {path}: cannot be read: No such file or directory"
+
+
+def test_a_budget_that_cannot_be_used_up_bounds_the_plan(mctk, write_recipe):
+    """What is planned is what the largest sizes come to, and not what the budget would allow."""
+    steps = [
+        {"prune": "reap", "size": {"keep": 0.5}},
+        {"decompose": "svd_llm", "size": "auto"},
+        {"quantize": "rtn", "options": {"bits": 8}},
+    ]
+    budget = {"remove": 0.1, "of": "experts", "unit": "bytes"}
+    recipe = write_recipe(steps=steps, budget=budget, allocate={"method": "by_loss"})
+    plan = json.loads(mctk("plan", recipe, "--json")[1])
+    assert any("cannot be used up" in warning for warning in plan["warnings"])
+    assert plan["sizes"]["bound"]["most"] < 0.8 * plan["sizes"]["original"]["bytes"]

@@ -6,7 +6,7 @@ import pytest
 from fake_plugin import FakePlugin, Truncate
 from mctk import cli
 from mctk.cli import plugins
-from mctk.hookspecs import Method
+from mctk.hookspecs import OLDEST, SPEC, Method
 from mctk.registry import Registry
 
 
@@ -66,6 +66,21 @@ def test_the_list_as_json(mctk):
     fake, bad = listed["plugins"]
     assert fake["methods"][0] == "decompose/truncate" and fake["broken"] == {}
     assert list(bad["broken"]) == ["decompose/misfit"]
+    assert listed["spec"] == {"version": SPEC, "oldest": OLDEST}
+    assert fake["spec"] is None
+
+
+class Newer(FakePlugin):
+    MCTK_SPEC = SPEC + 1
+
+
+def test_a_plugin_for_other_hooks_says_what_to_do_and_the_list_is_no_failure(mctk):
+    code, out, err = mctk(newer=Newer())
+    assert (code, err) == (0, "")
+    assert f"broken: newer: written for hook specifications {SPEC + 1}, and this mctk has" in out
+    assert out.splitlines()[-1] == (
+        "What is broken is left out, all else works. --debug shows tracebacks."
+    )
 
 
 @pytest.mark.parametrize("name", ["truncate", "decompose/truncate"])

@@ -43,3 +43,14 @@ def test_a_directory_without_a_finished_run(capsys, tmp_path):
     (tmp_path / "metrics.json").write_text("{")
     code, _, err = run(capsys, str(tmp_path))
     assert code == 2 and "cannot be read" in err
+
+
+def test_of_several_those_without_a_run_are_named_and_passed_over(capsys, tmp_path):
+    for name in ("begun", "done"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "done" / "metrics.json").write_text(json.dumps({"model": {"name": "m"}}))
+    begun, done = str(tmp_path / "begun"), str(tmp_path / "done")
+    code, out, err = run(capsys, begun, done)
+    assert code == 0 and out.startswith("|") and f"{begun}: passed over" in err
+    code, _, err = run(capsys, begun, str(tmp_path))
+    assert code == 2 and "none of these directories holds a finished run" in err

@@ -113,7 +113,7 @@ def test_a_missing_recipe(refused, tmp_path):
     [
         (["--set", "budget.remov=0.6"], "--set budget.remov=0.6: key budget.remov: unknown key"),
         (["--set", "budget"], "--set budget: write it as KEY=VALUE"),
-        (["--set", "steps.3.size=auto"], "--set steps.3.size=auto: steps has 1 entries"),
+        (["--set", "steps.3.size=auto"], "--set steps.3.size=auto: steps has entries 0 to 0 only"),
         (["--dtype", "int8"], "--dtype: key dtype: should be"),
         (["--device", "tpu"], "--device: key device: 'tpu' is no device"),
     ],

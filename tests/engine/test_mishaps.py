@@ -17,6 +17,7 @@ from mctk.recipe import Evaluate, PerplexityText, load_recipe
 from mctk.registry import Registry, load_plugins
 from safetensors.torch import load_file, save_file
 
+from tests.families import tiny
 from tests.tiny_run import TEXT
 
 
@@ -124,6 +125,29 @@ def test_more_experts_per_token_than_experts_are_refused(write_recipe, registry,
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 9}))
     with pytest.raises(UserError, match=r"config\.json: 9 experts per token, and layer 0 has 4"):
+        make_plan(load_recipe(write_recipe(model=str(model)), registry=registry), registry)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_group": 3}, r"8 experts in 3 groups \(n_group\), which does not come out even"),
+        ({"n_group": 8, "topk_group": 4}, r"groups \(n_group\) of one expert each"),
+        ({"topk_group": 3}, r"2 groups \(n_group\), of which a token cannot use 3 \(topk_group\)"),
+        (
+            {"n_group": 4},
+            r"groups of 2 experts, .* uses 1 .*too few for its 3 experts",
+        ),
+    ],
+)
+def test_groups_that_do_not_come_out_are_refused(write_recipe, registry, tmp_path, changes, words):
+    """The plan says it; transformers would, somewhere in the run, as an invalid shape."""
+    model = tmp_path / "grouped"
+    tiny("deepseek_v3").save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    changed = {**config, "num_experts_per_tok": 3, **changes}
+    (model / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"config\.json: the router of layer 1 has {words}"):
         make_plan(load_recipe(write_recipe(model=str(model)), registry=registry), registry)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from mctk.checkpoint import Source
+from mctk.checkpoint import Source, Unread
 from mctk.engine import run
-from mctk.errors import RecipeError
+from mctk.errors import CheckpointError, RecipeError
+from mctk.evaluate.loading import load_model
 from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
+from mctk.sweep import StreamedModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DeepseekV3PreTrainedModel
 from transformers.modeling_layers import MtpModel
@@ -308,3 +312,40 @@ def test_tensors_of_another_kind_are_kept(source, go, tmp_path):
     assert "model.rotary.inv_freq" in second and COUNT not in second
     assert "model.rotary.inv_freq" in Source(tmp_path / "out").tensors
     assert not mtp(tmp_path / "out")
+
+
+def loaded(path: Path) -> str:
+    """Loads a whole model as an evaluation does; gives what transformers said of it."""
+    logger, words = logging.getLogger("transformers"), io.StringIO()
+    handler = logging.StreamHandler(words)
+    logger.addHandler(handler)
+    try:
+        load_model(path, "cpu", torch.float32, False)
+    finally:
+        logger.removeHandler(handler)
+    return words.getvalue()
+
+
+def test_loading_does_not_report_what_is_listed_as_unread(source):
+    """A user takes twenty UNEXPECTED lines for a failure; plan and report have said it."""
+    assert "LOAD REPORT" not in loaded(source)
+    settings = {"dtype": torch.float32, "output_loading_info": True}
+    info = AutoModelForCausalLM.from_pretrained(source, **settings)[1]
+    assert len(info["unexpected_keys"]) > 10  # there would have been something to say
+
+
+def test_loading_tells_what_is_not_listed(source, monkeypatch):
+    monkeypatch.setattr(StreamedModel, "unread", Unread((), ()))
+    assert "LOAD REPORT" in loaded(source)
+
+
+def test_loading_that_leaves_something_out_is_an_error(source, monkeypatch):
+    class Leaving:
+        @staticmethod
+        def from_pretrained(*_: object, **settings: object):
+            assert settings["output_loading_info"]
+            return tiny("deepseek_v3"), {"missing_keys": {"model.norm.weight"}}
+
+    monkeypatch.setattr("mctk.models.auto_class", lambda _: Leaving)
+    with pytest.raises(CheckpointError, match=r"source: transformers found no model\.norm\.weight"):
+        loaded(source)

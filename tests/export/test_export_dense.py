@@ -301,6 +301,18 @@ def test_a_full_disk_is_seen_before(llama, tmp_path, monkeypatch, no_reading):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_exports_to_one_output_at_a_time(tmp_path):
+    """The second is refused, and does not take away what the first has written."""
+    output = tmp_path / "dense"
+    with write.building(output) as place:
+        (place / "first").write_text("mine")
+        with pytest.raises(UserError, match="another export is at work"), write.building(output):
+            pass
+        assert (place / "first").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert (output / "first").exists()
+
+
 def test_an_existing_output_is_not_touched(llama, tmp_path):
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "mine").write_text("mine")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mctk.checkpoint import Source
 from mctk.engine import run
-from mctk.errors import UserError
+from mctk.errors import CheckpointError, UserError
 from mctk.export import export
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
@@ -219,10 +219,16 @@ def test_the_command_gives_json_and_says_the_difference(mctk, tmp_path):
     [
         ([], "one of --dense and --expert-substitution"),
         (["--dense", "--expert-substitution"], "one of --dense and --expert-substitution"),
-        (["--dense"], "no config.json; is it a model directory?"),
+        (["--dense"], "no directory "),
     ],
 )
 def test_the_commands_mistakes(mctk, tmp_path, flags, message):
     code, out, err = mctk("export", tmp_path / "none", *flags, "-o", tmp_path / "export")
     assert code == 2 and out == "" and message in err
     assert not (tmp_path / "export").exists()
+
+
+def test_opened_again_it_is_called_what_it_is(mone, tmp_path):
+    export(mone, tmp_path / "export", constants=True)
+    with pytest.raises(CheckpointError, match=r"not quantised, but transformed \(expert_subst"):
+        StreamedModel(Source(tmp_path / "export"))

@@ -1,94 +1,25 @@
-"""Tiny configurations of the families that come as `...ForConditionalGeneration`.
+"""Tiny configurations of families that come as `...ForConditionalGeneration`.
 
 The language model's entries are in `text_config`, on top of `COMMON`; what sees and hears is as
 small as its class allows. Ids of image and audio tokens are such as no tiny vocabulary holds.
 """
 
-from __future__ import annotations
-
 from .common import INDEXER, LATENT_ATTENTION
-
-_DENSE_FIRST = {
-    "intermediate_size": 40,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-}
-_ONE_SHARED = {"n_routed_experts": 4, "n_shared_experts": 1}
-_TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-# Towers of the Qwen-VL line and of those that took them over.
-_DEPTH_TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "depth": 1,
-    "num_heads": 2,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-}
-_QWEN_TOWER = {**_DEPTH_TOWER, "num_position_embeddings": 16}
-_DEEPSTACK_TOWER = {**_QWEN_TOWER, "deepstack_visual_indexes": [0]}
-_SAM = {
-    "hidden_size": 16,
-    "output_channels": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 16,
-    "window_size": 2,
-    "global_attn_indexes": [0],
-    "downsample_channels": [8, 16],
-}
-
-
-def _rope(*sections: int, **more: object) -> dict:
-    """Rotary embeddings whose frequencies are shared out between time, height and width."""
-    return {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": list(sections),
-            **more,
-        }
-    }
-
-
-_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-_LINEAR = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-_INKLING = {
-    "head_dim": 16,
-    "swa_num_attention_heads": 2,
-    "swa_num_key_value_heads": 1,
-    "swa_head_dim": 16,
-    "sliding_window_size": 8,
-    "d_rel": 4,
-    "rel_extent": 8,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-}
-_INKLING2 = {
-    **_INKLING,
-    "unpadded_vocab_size": 96,
-    "log_scaling_n_floor": 8,
-    "n_layers_per_attn_res_block": 2,
-}
-_INKLING2_TOWER = {
-    **_TOWER,
-    "model_type": "inkling2_vision",
-    "patch_size": 4,
-    "posemb_grid_size": 4,
-    "projection_hidden_dim": 24,
-    "text_hidden_size": 32,
-}
+from .multimodal_parts import (
+    DEEPSTACK_TOWER,
+    DENSE_FIRST,
+    DEPTH_TOWER,
+    INKLING,
+    INKLING2,
+    INKLING2_TOWER,
+    LINEAR,
+    ONE_SHARED,
+    QWEN_TOWER,
+    SAM,
+    SLIDING,
+    TOWER,
+    rope,
+)
 
 MULTIMODAL: dict[str, dict] = {
     "aria": {
@@ -100,7 +31,7 @@ MULTIMODAL: dict[str, dict] = {
             "moe_num_shared_experts": 1,
         },
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "model_type": "idefics3_vision",
             "image_size": 28,
             "patch_size": 14,
@@ -109,17 +40,17 @@ MULTIMODAL: dict[str, dict] = {
         "image_token_index": 200,
     },
     "deepseek_ocr2": {
-        "text_config": {**_DENSE_FIRST, **_ONE_SHARED},
+        "text_config": {**DENSE_FIRST, **ONE_SHARED},
         "vision_config": {
-            "sam_config": _SAM,
-            "encoder_config": {**_TOWER, "num_key_value_heads": 2},
+            "sam_config": SAM,
+            "encoder_config": {**TOWER, "num_key_value_heads": 2},
         },
     },
     "dots3_note": {
         "text_config": {
             **LATENT_ATTENTION,
             **INDEXER,
-            **_DENSE_FIRST,
+            **DENSE_FIRST,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
             "n_group": 2,
@@ -138,7 +69,7 @@ MULTIMODAL: dict[str, dict] = {
         },
         # Its tower has experts of its own.
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "num_hidden_layers": 2,
             "patch_size": 4,
             "moe_intermediate_size": 12,
@@ -148,7 +79,7 @@ MULTIMODAL: dict[str, dict] = {
             "adapter_out_dim": 32,
         },
         "audio_config": {
-            **_TOWER,
+            **TOWER,
             "feature_size": 8,
             "downsample_hidden_size": 8,
             "adapter_input_size": 16,
@@ -163,13 +94,13 @@ MULTIMODAL: dict[str, dict] = {
             "moe_num_experts": 4,
             "moe_num_shared_experts": 1,
             "num_hidden_layers": 3,
-            **_rope(3, 3, 2),
+            **rope(3, 3, 2),
         },
-        "vision_config": {k: v for k, v in _DEPTH_TOWER.items() if k != "out_hidden_size"},
+        "vision_config": {k: v for k, v in DEPTH_TOWER.items() if k != "out_hidden_size"},
     },
     "gemma4": {
         "text_config": {
-            **_SLIDING,
+            **SLIDING,
             "intermediate_size": 40,
             "moe_intermediate_size": 24,
             "enable_moe_block": True,
@@ -185,7 +116,7 @@ MULTIMODAL: dict[str, dict] = {
             "final_logit_softcapping": 30.0,
         },
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "num_key_value_heads": 2,
             "head_dim": 8,
             "patch_size": 4,
@@ -205,15 +136,15 @@ MULTIMODAL: dict[str, dict] = {
             "moe_intermediate_size": 24,
             "first_k_dense_replace": 1,
             "num_hidden_layers": 3,
-            **_ONE_SHARED,
-            **_rope(2, 1, 1, partial_rotary_factor=0.5),
+            **ONE_SHARED,
+            **rope(2, 1, 1, partial_rotary_factor=0.5),
         },
-        "vision_config": {**_DEPTH_TOWER, "image_size": 8},
+        "vision_config": {**DEPTH_TOWER, "image_size": 8},
     },
     "glm5_next": {
         "text_config": {
             **LATENT_ATTENTION,
-            **_ONE_SHARED,
+            **ONE_SHARED,
             "qk_rope_head_dim": 0,
             "index_topk": 6,
             "index_kpool": 2,
@@ -235,21 +166,21 @@ MULTIMODAL: dict[str, dict] = {
             "hc_mult": 2,
             "swiglu_limit": 1.0,
         },
-        "vision_config": {**_DEPTH_TOWER, "image_size": 8, "projection_intermediate_size": 24},
+        "vision_config": {**DEPTH_TOWER, "image_size": 8, "projection_intermediate_size": 24},
     },
     "hy_v4_vl": {
         "text_config": {
             **LATENT_ATTENTION,
             **INDEXER,
-            **_DENSE_FIRST,
-            **_ONE_SHARED,
+            **DENSE_FIRST,
+            **ONE_SHARED,
             "indexer_types": ["full", "full", "shared"],
             "hc_mult": 2,
             "swiglu_limit": 1.0,
-            **_rope(2, 1, 1),
+            **rope(2, 1, 1),
         },
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "out_hidden_size": 32,
             "patch_size": 4,
             "max_image_size": 16,
@@ -257,15 +188,15 @@ MULTIMODAL: dict[str, dict] = {
     },
     "inkling2": {
         "text_config": {
-            **_INKLING2,
+            **INKLING2,
             "num_hidden_layers": 4,
             "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
         },
-        "vision_config": _INKLING2_TOWER,
+        "vision_config": INKLING2_TOWER,
     },
     "inkling2_loop": {
         "text_config": {
-            **_INKLING2,
+            **INKLING2,
             "num_hidden_layers": 6,
             "layer_types": ["hybrid_sliding", "hybrid"] * 3,
             "loop_layer_index_start": 2,
@@ -273,12 +204,12 @@ MULTIMODAL: dict[str, dict] = {
             "loop_num_passes": 2,
             "loop_gate_rank": 4,
         },
-        "vision_config": _INKLING2_TOWER,
+        "vision_config": INKLING2_TOWER,
     },
     "inkling_mm_model": {
         "text_config": {
-            **_INKLING,
-            **_DENSE_FIRST,
+            **INKLING,
+            **DENSE_FIRST,
             "n_shared_experts": 1,
             "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
             "logits_mup_width_multiplier": 2.0,
@@ -308,19 +239,19 @@ MULTIMODAL: dict[str, dict] = {
             "index_topk_blocks": 2,
             "swiglu_limit": 1.0,
         },
-        "vision_config": {**_TOWER, "patch_size": 4, "image_size": 8},
+        "vision_config": {**TOWER, "patch_size": 4, "image_size": 8},
         "projector_hidden_size": 24,
     },
     "mistral_large4": {
         "text_config": {
             **LATENT_ATTENTION,
             **INDEXER,
-            **_DENSE_FIRST,
-            **_ONE_SHARED,
+            **DENSE_FIRST,
+            **ONE_SHARED,
             "indexer_types": ["full", "full", "shared"],
             "kv_source_layers": [0, 1, 1],
         },
-        "vision_config": {**_TOWER, "model_type": "pixtral", "patch_size": 4, "image_size": 16},
+        "vision_config": {**TOWER, "model_type": "pixtral", "patch_size": 4, "image_size": 16},
         "image_token_index": 200,
     },
     "muse_spark": {
@@ -335,7 +266,7 @@ MULTIMODAL: dict[str, dict] = {
             "sliding_window": 8,
         },
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "patch_size": 4,
             "pos_emb_height": 4,
             "pos_emb_width": 4,
@@ -353,15 +284,15 @@ MULTIMODAL: dict[str, dict] = {
     },
     "qwen3_5_moe": {
         "text_config": {
-            **_LINEAR,
+            **LINEAR,
             "moe_intermediate_size": 24,
             "shared_expert_intermediate_size": 20,
             "num_experts": 4,
             "head_dim": 16,
             "layer_types": ["linear_attention", "full_attention"],
-            **_rope(2, 1, 1, partial_rotary_factor=0.5),
+            **rope(2, 1, 1, partial_rotary_factor=0.5),
         },
-        "vision_config": _QWEN_TOWER,
+        "vision_config": QWEN_TOWER,
     },
     # A writer (the thinker), whose text model is compressed, and a talker with experts of its own.
     "qwen3_omni_moe": {
@@ -372,9 +303,9 @@ MULTIMODAL: dict[str, dict] = {
                 "num_experts": 4,
                 "mlp_only_layers": [0],
                 "num_hidden_layers": 3,
-                **_rope(4, 2, 2),
+                **rope(4, 2, 2),
             },
-            "vision_config": _DEEPSTACK_TOWER,
+            "vision_config": DEEPSTACK_TOWER,
             "audio_config": {
                 "num_mel_bins": 8,
                 "encoder_layers": 1,
@@ -397,10 +328,10 @@ MULTIMODAL: dict[str, dict] = {
                 "num_experts": 4,
                 "num_experts_per_tok": 2,
                 "shared_expert_intermediate_size": 12,
-                **_rope(2, 1, 1),
+                **rope(2, 1, 1),
             },
             "code_predictor_config": {
-                **_TOWER,
+                **TOWER,
                 "vocab_size": 20,
                 "num_key_value_heads": 1,
                 "head_dim": 8,
@@ -412,7 +343,7 @@ MULTIMODAL: dict[str, dict] = {
             "accept_hidden_layer": 1,
         },
         "code2wav_config": {
-            **_TOWER,
+            **TOWER,
             "num_key_value_heads": 2,
             "codebook_size": 8,
             "num_quantizers": 2,
@@ -429,13 +360,13 @@ MULTIMODAL: dict[str, dict] = {
             "mlp_only_layers": [0],
             "num_hidden_layers": 3,
             "head_dim": 16,
-            **_rope(4, 2, 2),
+            **rope(4, 2, 2),
         },
-        "vision_config": _DEEPSTACK_TOWER,
+        "vision_config": DEEPSTACK_TOWER,
     },
     "qwen4_exp": {
         "text_config": {
-            **_LINEAR,
+            **LINEAR,
             "moe_intermediate_size": 24,
             "shared_expert_intermediate_size": 20,
             "num_experts": 4,
@@ -455,15 +386,15 @@ MULTIMODAL: dict[str, dict] = {
             "indexer_head_dim": 16,
             "indexer_budget": 6,
             "indexer_compress_ratio": 2,
-            **_rope(2, 1, 1, partial_rotary_factor=0.5),
+            **rope(2, 1, 1, partial_rotary_factor=0.5),
         },
-        "vision_config": _QWEN_TOWER,
+        "vision_config": QWEN_TOWER,
     },
     "unlimited_ocr": {
-        "text_config": {**_DENSE_FIRST, **_ONE_SHARED, "sliding_window": 8},
+        "text_config": {**DENSE_FIRST, **ONE_SHARED, "sliding_window": 8},
         "vision_config": {
-            "sam_config": {**_SAM, "mlp_dim": 24},
-            "encoder_config": {**_TOWER, "image_size": 28, "patch_size": 14},
+            "sam_config": {**SAM, "mlp_dim": 24},
+            "encoder_config": {**TOWER, "image_size": 28, "patch_size": 14},
         },
     },
 }

@@ -47,6 +47,8 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
     working = {modelling_file(name) for name, found in outcomes.items() if found.works} & files
     refused = [name for name, found in outcomes.items() if found.refused]
     rest = f"; {len(refused)} are no causal language models and are refused" if refused else ""
+    if partly := len(files) - len(working) - len(refused):
+        rest += f"; of {partly} the last column says what does not"
     header = ["family", *COLUMNS.values(), "remark"]
     rows = [_row(found) for _, found in sorted(outcomes.items())]
     lines = [header, ["---"] * len(header), *rows]

@@ -28,7 +28,7 @@ def test_rows_behind_the_experts_stay():
     gate = layer.mlp.gate
     weight, bias = gate.weight.detach().clone(), gate.e_score_correction_bias.clone()
     assert router.extra == {"mlp.gate.weight": 1} and weight.shape[0] == 5 == gate.n_total_experts
-    with router_of(layer, router, KEPT):
+    with router_of(layer.get_submodule, router, KEPT):
         assert torch.equal(gate.weight, weight[[0, 2, 3, 4]])
         assert torch.equal(gate.e_score_correction_bias, bias[KEPT])
         assert (gate.num_experts, gate.n_total_experts, gate.n_shared_experts) == (3, 4, 1)
@@ -44,7 +44,7 @@ def test_a_choice_that_computes_nothing_stays():
     with torch.no_grad():
         gate.balancing_biases[-1] = 100.0  # nothing is chosen always
     x = torch.randn(1, 7, 32)
-    with router_of(layer, router, KEPT), torch.no_grad():
+    with router_of(layer.get_submodule, router, KEPT), torch.no_grad():
         assert gate.config.num_experts == 3 and config.num_experts == 4
         logits, weights, index, _ = gate(x)
         assert logits.shape == (7, 4) and index.max() < 3
@@ -77,7 +77,7 @@ def test_a_layer_that_routes_by_token_chooses_among_what_is_left():
     assert router.tables == ("mlp.gate.tid2eid",)
     table = gate.tid2eid.clone()
     ids = torch.arange(20)[None]
-    with router_of(layer, router, KEPT), torch.no_grad():
+    with router_of(layer.get_submodule, router, KEPT), torch.no_grad():
         logits, _, index = gate(torch.randn(1, 20, 32), ids)
         assert logits.shape == (20, 3)
         assert torch.equal(index, renumbered(table, KEPT)[:20])

@@ -11,13 +11,13 @@ from mctk.planning import Plan, describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 
-from tests.planning.true_headers import (
+from tests.planning.true_configs import (
     DEEPSEEK_MOE_16B,
     MIXTRAL,
     PHI35_MOE,
     QWEN2_57B_A14B,
-    write_model,
 )
+from tests.planning.true_headers import write_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -15,54 +15,9 @@ from mctk.checkpoint import Source, TensorInfo, find_unread, size_of_tensors
 from mctk.planning import count_model
 from mctk.sweep import StreamedModel
 
-CONFIG = {  # deepseek-ai/DeepSeek-V3
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+from tests.planning.true_configs import DEEPSEEK_V3
+
+CONFIG = DEEPSEEK_V3
 HIDDEN, HEADS = CONFIG["hidden_size"], CONFIG["num_attention_heads"]
 
 
@@ -112,10 +67,14 @@ def modules(layers: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
 def source(path: Path, layers: int) -> Source:
     path.mkdir()
     (path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    headers: dict[str, TensorInfo] = {}
+    return Source(path, {"model.safetensors": headers(layers)})
+
+
+def headers(layers: int) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        headers[name] = TensorInfo(name, "model.safetensors", dtype, shape)
+        found[name] = TensorInfo(name, "model.safetensors", dtype, shape)
 
     for name, shape, quantised in modules(layers):
         add(f"{name}.weight", "F8_E4M3" if quantised else "BF16", shape)
@@ -124,7 +83,7 @@ def source(path: Path, layers: int) -> Source:
             add(f"{name}.weight_scale_inv", "F32", blocks)
         if name.endswith("mlp.gate"):
             add(f"{name}.e_score_correction_bias", "F32", (256,))
-    return Source(path, {"model.safetensors": headers})
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,12 @@ from mctk.planning import Plan, describe, make_plan
 from mctk.recipe import load_recipe
 from mctk.registry import load_plugins
 
-from tests.planning.true_headers import DEEPSEEK_V2_LITE, MIXTRAL, QWEN3_30B_A3B, write_model
+from tests.planning.true_configs import (
+    DEEPSEEK_V2_LITE,
+    MIXTRAL,
+    QWEN3_30B_A3B,
+)
+from tests.planning.true_headers import write_model
 
 GB = 10**9
 

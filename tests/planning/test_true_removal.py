@@ -9,15 +9,15 @@ from mctk.errors import UserError
 from mctk.planning import describe, make_plan
 from mctk.recipe import load_recipe
 
-from tests.planning.true_headers import (
+from tests.planning.true_configs import (
     DEEPSEEK_MOE_16B,
     DEEPSEEK_V2_LITE,
     MIXTRAL,
     PHI35_MOE,
     QWEN2_57B_A14B,
     QWEN3_30B_A3B,
-    write_model,
 )
+from tests.planning.true_headers import write_model
 from tests.removal_method import registry as removal_registry
 
 MODELS = {  # configuration, its key, experts, how many stay

@@ -29,7 +29,8 @@ def test_the_report_says_it_all():
     assert row(text, "arc")[4:] == ["0.6000 ± 0.0100", "0.5000 ± 0.0100 ‡", "0.2500", "2376"]
     assert "same choice for every document" in text
     assert "- few tokens | in all\n- layer 0: expert 1 saw no token" in text
-    assert "allowed 7,010,000, attained 7,000,000, unused 0.09 %" in text
+    assert "Budget (parameters of the experts): allowed 7,010,000, attained 7,000,000" in text
+    assert "attained 7,000,000, unused 0.09 %" in text
     assert "| 100, 0, 50, 7" in text
     assert "| `from_pretrained` in a fresh process gives the same bits" in text
     assert row(text, "sizes equal the plan")[1] == "NO"
@@ -141,11 +142,9 @@ def test_the_card_has_front_matter_and_says_how_to_load():
 
 def test_a_card_names_a_base_model_only_if_the_hub_has_it():
     local = metrics()
-    local["model"] |= {"name": "recipes/demo", "path": "/home/me/recipes/demo"}
+    local["model"] |= {"name": "recipes/demo", "hub": None}  # looks like a name on the hub
     assert hub_id(local) is None
     assert "base_model" not in render_card(local)
-    local["model"] |= {"name": "./model", "path": None}
-    assert hub_id(local) is None
 
 
 def test_code_is_fenced_whatever_it_holds():
