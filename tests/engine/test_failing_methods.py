@@ -167,6 +167,18 @@ def test_the_hook_of_every_stage_is_named(stage):
     )
 
 
+def test_what_a_user_can_mend_is_told_with_its_place():
+    class Refuses(Sound):
+        def decompose(self, bank, statistics, size, options):
+            raise UserError("too small")
+
+    shape = BankShape(1, 3, 4)
+    bank = Bank("mlp.up", 5, shape, [Dense(shape, [0], torch.ones(1, 3, 4))])
+    step = SimpleNamespace(stage="decompose", method=Refuses(), options=None)
+    with pytest.raises(UserError, match=r"^decompose/failing on mlp.up of layer 5: too small$"):
+        apply_step(step, ["mlp.up"], {"mlp.up": bank}, {"mlp.up": bank}, None, 1)
+
+
 def test_what_a_user_can_mend_stays_as_it_was_said(write_recipe):
     class Refuses(Sound):
         def sizes(self, banks, options):

@@ -51,9 +51,10 @@ def open_source(model: str | Path, revision: str | None = None, weights: bool = 
         raise
     except Exception as error:  # the hub's client raises a dozen unrelated types
         said = explain(error, name, revision)
-        raise HubError(
-            f"model: no directory {model} here{near_directory(name)}, and {said}"
-        ) from error
+        near = near_directory(name)
+        if "/" not in name:  # more likely a directory than a hub model without an owner
+            raise HubError(f"model: no directory {model} here{near}, and {said}") from error
+        raise HubError(f"model: {said}{near}") from error
 
 
 def _open(name: str, revision: str | None, weights: bool) -> Source:

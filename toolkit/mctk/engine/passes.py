@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import MethodError, RecipeError, UserError
 from ..notes import collect
 from ..registry import calling, place_of
 from ..terms import Bank, Bias, Term
@@ -79,7 +79,13 @@ def apply_step(
     """One call of a method, its result checked."""
     place = place_of({name: now[name] for name in names})
     with calling(step.method, step.stage, place):
-        found = _call(step, names, now, original, statistics, size)
+        try:
+            found = _call(step, names, now, original, statistics, size)
+        except UserError as error:
+            if place in str(error) or isinstance(error, RecipeError | MethodError):
+                raise
+            who = f"{step.stage}/{step.method.name} on {place}"
+            raise UserError(f"{who}: {error}") from error
         for name, terms in found.items():
             for term in terms:
                 _check_finite(term, f"{step.stage}/{step.method.name} on {place}")

@@ -49,24 +49,8 @@ def stated(plan: Plan, number: int, layer: int, names: list[str]) -> int | None:
     if step.method.same_size:
         return _common(plan, number)
     if size.rank is not None:
-        if step.stage != "decompose":
-            _check_listed(plan, number, size.rank, _choices(plan, number, layer, names)[0])
         return size.rank
     return _fitting(plan, number, *_choices(plan, number, layer, names), f" of {banks}")
-
-
-def _check_listed(plan: Plan, number: int, rank: int, settings: Sequence[int]) -> None:
-    """A stated setting lies among the method's own; what it means is the method's affair.
-
-    Raises:
-        RecipeError: It does not.
-    """
-    listed = [setting for setting in settings if setting != DENSE]
-    if not listed or not listed[0] <= rank <= listed[-1]:
-        known = f"there are {listed[0]} to {listed[-1]}" if listed else "there is none"
-        raise plan.recipe.error(
-            ("steps", number, "size"), f"{rank} is not a size here; {known}, or leave the step out"
-        )
 
 
 def _choices(plan: Plan, number: int, layer: int, names: list[str]) -> tuple[list[int], list[int]]:

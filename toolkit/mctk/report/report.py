@@ -323,9 +323,10 @@ def _provenance(metrics: Metrics) -> list[str]:
     for phase, value in seconds.items():
         if phase != "total":
             add(f"time: {phase}", duration(value))
-    if "total" in seconds and len(seconds) > 1:
-        rest = 2 * seconds["total"] - sum(seconds.values())
-        add("time: evaluation of the result, and the rest", duration(rest) if rest > 0 else None)
+    phases = [value or 0.0 for phase, value in seconds.items() if phase != "total"]
+    rest = (seconds.get("total") or 0.0) - sum(phases)
+    if phases and rest > 0:
+        add("time: evaluation of the result, and the rest", duration(rest))
     add("peak memory", size(metrics.get("peak_memory_bytes")))
     add("peak memory of the device", size(metrics.get("peak_device_memory_bytes")))
     add("computed", _computed(metrics))

@@ -18,7 +18,7 @@ from .variants import variants
 from .watch import Finding, Watch, where
 
 QUICK = ("mixtral", "gpt_oss")
-TOO_LARGE = 10**9  # a setting that no method can mean
+TOO_LARGE = 10**6  # a setting that no method can mean on tiny models
 
 
 @dataclass
