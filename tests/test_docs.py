@@ -22,7 +22,7 @@ from mctk.decompose import matrices
 from mctk.errors import CheckpointError
 from mctk.hookspecs import STAGES, Method, Plugin
 from mctk.recipe import Layers, Recipe, load_recipe
-from mctk.recipe.load import _model_in
+from mctk.recipe.load import model_in
 from mctk.registry import Registry, load_plugins
 from mctk.terms import Bank, BankShape, Bias, Dense
 from pydantic import BaseModel
@@ -355,7 +355,7 @@ def rows(model: type[BaseModel] = Recipe, path: str = "") -> Iterator[tuple[str,
             "steps[].options": "`{}`",
         }.get(here) or shown(field.get_default(call_default_factory=True))
         yield here, f"| `{here}` | {default} | {field.description}"
-        below = _model_in(field.annotation)
+        below = model_in(field.annotation)
         if below is not None and name not in ("method", "options"):
             many = "[]" if "list[" in str(field.annotation) else ""
             yield from rows(below, f"{here}{many}.")

@@ -15,6 +15,7 @@ from mctk.cli import COMMANDS, cli
 from mctk.comparison.schema import ComparisonFile
 from mctk.hookspecs import STAGES, Method, MethodOptions
 from mctk.recipe import Recipe
+from mctk.recipe.load import model_in
 from mctk.recipe.shipped import shipped_recipes
 from mctk.registry import load_plugins
 from pydantic import BaseModel
@@ -62,7 +63,7 @@ def _keys(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, str, 
             default = "`runs/<file>`"
         kind = ", ".join([_type(field.annotation), *filter(None, map(_bound, field.metadata))])
         yield path, kind, default, _cell(field.description or "")
-        below = _model_in(field.annotation)
+        below = model_in(field.annotation)
         if below is not None:
             many = "[]" if "list[" in str(field.annotation) else ""
             yield from _keys(below, f"{path}{many}.")
@@ -108,13 +109,6 @@ def _bound(found: Any) -> str:
         if isinstance(found, kind):
             return f"{word} {getattr(found, key):g}"
     return "not empty" if isinstance(found, MinLen) else ""
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model`, `Model | None` or `list[Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return None if issubclass(annotation, MethodOptions) else annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def methods() -> str:

@@ -144,15 +144,27 @@ def _deepseek(c: dict) -> Shapes:
 
 
 def _qwen3(c: dict) -> Shapes:
-    hidden, head = c["hidden_size"], c["head_dim"]
+    head = c["head_dim"]
+    yield from _normed_heads(c, head, head, c["moe_intermediate_size"])
+
+
+def _olmoe(c: dict) -> Shapes:
+    hidden = c["hidden_size"]
+    head = hidden // c["num_attention_heads"]
+    yield from _normed_heads(c, head, hidden, c["intermediate_size"])
+
+
+def _normed_heads(c: dict, head: int, norm: int, width: int) -> Shapes:
+    """Attention whose queries and keys are normalised, and experts of a width in every layer."""
+    hidden = c["hidden_size"]
     for layer in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         yield from _grouped_attention(f"{prefix}.self_attn", c, head)
-        yield f"{prefix}.self_attn.q_norm.weight", (head,)
-        yield f"{prefix}.self_attn.k_norm.weight", (head,)
+        yield f"{prefix}.self_attn.q_norm.weight", (norm,)
+        yield f"{prefix}.self_attn.k_norm.weight", (norm,)
         yield f"{prefix}.mlp.gate.weight", (c["num_experts"], hidden)
         for expert in range(c["num_experts"]):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, c["moe_intermediate_size"])
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, width)
         yield from _norms(prefix, hidden)
     yield from _outer(c)
 
@@ -211,20 +223,6 @@ def _deepseek_moe(c: dict) -> Shapes:
             for expert in range(c["n_routed_experts"]):
                 yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, width)
             yield from _mlp(f"{prefix}.mlp.shared_experts", hidden, width * c["n_shared_experts"])
-        yield from _norms(prefix, hidden)
-    yield from _outer(c)
-
-
-def _olmoe(c: dict) -> Shapes:
-    hidden, head = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
-    for layer in range(c["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        yield from _grouped_attention(f"{prefix}.self_attn", c, head)
-        yield f"{prefix}.self_attn.q_norm.weight", (hidden,)
-        yield f"{prefix}.self_attn.k_norm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate.weight", (c["num_experts"], hidden)
-        for expert in range(c["num_experts"]):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, c["intermediate_size"])
         yield from _norms(prefix, hidden)
     yield from _outer(c)
 

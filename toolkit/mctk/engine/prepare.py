@@ -8,7 +8,6 @@ the set; what they make is kept (`prepared`). What is left can then be measured 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..files import room_for
 from ..models import read_banks
 from ..statistics import (
     GradientCollector,
@@ -159,9 +159,7 @@ def open_boundaries(
     plan = preparations[0].plan
     model, directory = plan.model, state / "boundaries"
     asked = plan.recipe.calibration.keep_every if plan.recipe.calibration else None
-    free = shutil.disk_usage(state).free + sum(
-        file.stat().st_size for file in directory.rglob("*") if file.is_file()
-    )
+    _, free = room_for(directory)
     count = len(model.layers)
     for every in range(1, count + 1) if asked is None else [min(asked, count)]:
         store = BoundaryStore(directory, count, every, min(layers))

@@ -96,7 +96,7 @@ def _step(source: RecipeSource, registry: Registry, step: Any, index: int) -> di
     rest = {key: value for key, value in step.items() if key != stage}
     if isinstance(rest.get("size"), dict):
         model = Step.model_fields["size"].annotation
-        check_keys(source, rest["size"], _model_in(model), (*path, "size"))
+        check_keys(source, rest["size"], model_in(model), (*path, "size"))
     method = _method(source, registry, stage, step[stage], (*path, stage))
     options = _options(source, method, rest.get("options", {}), (*path, "options"))
     if method.takes_size is True and rest.get("size") is None:
@@ -162,7 +162,7 @@ def check_keys(
             raise source.error((*path, key), unknown + hint)
         if path == () and key in ("steps", "allocate"):
             continue  # written otherwise than they are kept; checked with their methods
-        below = _model_in(known.annotation)
+        below = model_in(known.annotation)
         for at, item in _mappings(value, (*path, key)):
             check_keys(source, item, below, at, unknown)
 
@@ -176,12 +176,12 @@ def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, An
                 yield (*path, index), item
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
     """Returns the model in `Model`, `Model | None` or `list[Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for part in get_args(annotation):
-        found = _model_in(part)
+        found = model_in(part)
         if found is not None:
             return found
     return None

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..contract import implements
+from ..engine.prepared import on_meta
 from ..errors import UserError
 from ..hookspecs import Method, MethodOptions
 from ..terms import DENSE, Bank, Term
@@ -182,7 +181,7 @@ class Call:
         """A layout says what the returned terms store, under any options."""
         if not implements(self.method, "layout"):
             return
-        planned = self.method.layout(self._on_meta(), size, options)
+        planned = self.method.layout(on_meta(self.banks), size, options)
         if planned is None:
             return
         turned = _difference(options, self.options)
@@ -208,7 +207,7 @@ class Call:
         """Sizes cost what they store; dense keeps the layer."""
         if not self.method.takes_size:
             return
-        settings, costs = self.method.sizes(self._on_meta(), self.options)
+        settings, costs = self.method.sizes(on_meta(self.banks), self.options)
         if len(settings) != len(costs) or sorted(costs[:-1]) != list(costs[:-1]):
             self.find("sizes", f"sizes() gives {settings} the costs {costs}: not ascending")
             return
@@ -253,7 +252,7 @@ class Call:
         """A curve falls to 0; where it is squared errors it is the error that is made."""
         if not (self.method.takes_size and implements(self.method, "curve")):
             return
-        settings, _ = self.method.sizes(self._on_meta(), self.options)
+        settings, _ = self.method.sizes(on_meta(self.banks), self.options)
         errors = list(self.method.curve(self.banks, self.statistics, self.options))
         self._declared(self.options)
         if len(errors) != len(settings):
@@ -308,7 +307,7 @@ class Call:
         sizes = curve = None
         try:
             if self.method.takes_size:
-                sizes = self.method.sizes(self._on_meta(), options)
+                sizes = self.method.sizes(on_meta(self.banks), options)
             made = self.ask(doing, options=options) if terms is None else terms
             if not isinstance(made, dict):
                 return made
@@ -323,14 +322,6 @@ class Call:
             self.find("errors", f"{doing}: {described(error, self.method)}")
             return None
         return repr(own), sizes, digests(made), curve
-
-    def _on_meta(self) -> dict[str, Bank]:
-        """The banks as a plan shows them to a method."""
-        found = {}
-        for name, bank in self.banks.items():
-            terms = [term.to(device=torch.device("meta")) for term in bank.terms]
-            found[name] = Bank(name, bank.layer, bank.shape, terms, bank.groups)
-        return found
 
 
 def _difference(options: MethodOptions, other: MethodOptions) -> str:
